@@ -1,0 +1,390 @@
+"""What every method file needs and no method is about: arguments, prompts, model families, LoRA, seeds, run folder, pictures.
+
+The denoising loops and the losses are not here: they stand in the method files, in sight.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import importlib
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+# ---------------------------------------------------------------- arguments and bad input
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message is one line that names it and the fix."""
+
+
+@contextlib.contextmanager
+def exit_on_error(how_to_resume):
+    """InputError ends the program with one line and exit code 2; Ctrl-C with exit code 130 and `how_to_resume()`."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted. {how_to_resume()}", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse_arguments(cls, argv: list[str] | None = None):
+    """Command line -> dataclass. tyro's boxed messages become one line. With --resume the stored arguments are the
+    defaults, and any other value given beside it is an error."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def cli(default):
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                return tyro.cli(cls, args=argv, default=default)
+        except SystemExit as stop:
+            if stop.code in (0, None):
+                raise
+            message = errors.getvalue().split("│ ──")[0]  # above the rule is the message, below it help
+            words = [w for w in message.split() if not set(w) <= set("─│╭╮╰╯")]
+            raise InputError(" ".join(words) + " (see --help)") from None
+
+    args = cli(cls())
+    if not args.resume:
+        return args
+    stored_file = Path(args.resume) / "args.json"
+    if not stored_file.is_file():
+        raise InputError(f"--resume {args.resume}: no run there (no args.json); give the folder that the run printed")
+    try:
+        stored = json.loads(stored_file.read_text(encoding="utf-8"))
+        stored = cls(**{**stored, "resume": args.resume})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--resume {args.resume}: args.json is damaged or of another script ({error})") from None
+    args = cli(stored)
+    for field in dataclasses.fields(cls):
+        if getattr(args, field.name) != getattr(stored, field.name):
+            raise InputError(
+                f"--{field.name} {getattr(args, field.name)} differs from the run in {args.resume} "
+                f"({getattr(stored, field.name)}): leave it out, or start a new run"
+            )
+    return args
+
+
+def read_prompts(file: str, flag: str) -> list[str]:
+    """Prompts of a .txt (one a line), .csv or .jsonl (column `prompt`) file, in order; InputError if there are none."""
+    path = Path(file)
+    if path.suffix not in (".txt", ".csv", ".jsonl"):
+        raise InputError(f"{flag} {file}: give a .txt file (one prompt a line), or .csv or .jsonl with a column `prompt`")
+    if not path.is_file():
+        raise InputError(f"{flag} {file}: no such file")
+    lines = []
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        try:
+            lines.append(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise InputError(f"{flag} {file}: line {number} is not UTF-8; save the file as UTF-8") from None
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(lines))
+        if rows and "prompt" not in rows[0]:
+            raise InputError(
+                f"{flag} {file}: no column `prompt` in the first line; there are {', '.join(map(str, rows[0]))}"
+            )
+        prompts = [row["prompt"] or "" for row in rows]
+    elif path.suffix == ".jsonl":
+        prompts = []
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    prompts.append(str(json.loads(line)["prompt"]))
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(f'{flag} {file}: line {number} is not {{"prompt": "..."}}') from None
+    else:
+        prompts = lines
+    prompts = [p.strip() for p in prompts if p.strip()]
+    if not prompts:
+        raise InputError(f"{flag} {file}: holds no prompt")
+    return prompts
+
+
+def check_model_name(name: str) -> None:
+    """InputError unless `name` is the folder of a supported pipeline or looks like a hub id (owner/name)."""
+    path = Path(name)
+    if path.exists():
+        index = path / "model_index.json"
+        if not index.is_file():
+            raise InputError(f"--model {name}: is no diffusers pipeline (no model_index.json)")
+        try:
+            kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        except ValueError:
+            raise InputError(f"--model {name}: model_index.json is damaged") from None
+        if kind != "StableDiffusionPipeline":
+            raise InputError(f"--model {name}: is a {kind}; supported: StableDiffusionPipeline (1.x, 2.x)")
+    elif name.count("/") != 1 or name.startswith((".", "/")):
+        raise InputError(f"--model {name}: no such folder, and no hub id of the form owner/name")
+
+
+def check_device(device: str, dtype: str) -> str:
+    """The device that will be used ("cuda" or "cpu"); InputError for what this machine cannot do."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {device}: must be auto, cpu or cuda")
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device found; use --device cpu, or install a CUDA build of torch")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "cpu" and dtype == "float16":
+        raise InputError("--dtype float16 needs a CUDA device; on the CPU use --dtype float32 or bfloat16")
+    return device
+
+
+# ---------------------------------------------------------------- model families
+
+
+class Model:
+    """A loaded pipeline and the few calls in which model families differ. One family now: Stable Diffusion 1.x and 2.x."""
+
+    def __init__(self, name: str, device: str, dtype: torch.dtype):
+        for library in ("diffusers", "transformers"):  # their notes while loading would bury the settings
+            logging = importlib.import_module(f"{library}.utils.logging")
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                name, dtype=dtype, safety_checker=None, requires_safety_checker=False
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"--model {name}: cannot be loaded ({error})") from None
+        # latents are unbounded: a scheduler's default clipping to [-1, 1] would be wrong for them
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
+        self.prediction_type = pipeline.scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise InputError(f"--model {name}: prediction type {self.prediction_type}; supported: epsilon, v_prediction")
+        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            part.eval().requires_grad_(False)
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline, self.denoiser = pipeline.to(device), pipeline.unet
+        self.device, self.dtype = device, dtype
+        self.train_timesteps = pipeline.scheduler.config.num_train_timesteps
+        size = pipeline.unet.config.sample_size
+        self.latent_shape = (pipeline.unet.config.in_channels, size, size)  # (channels, height, width)
+        # (T,) in float64: the square roots below are then exact to float32
+        self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.double()
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> torch.Tensor:
+        """Text states (n, tokens, width) on the device, in the model's dtype."""
+        chunks = [prompts[i : i + 64] for i in range(0, len(prompts), 64)]
+        return torch.cat([self.pipeline.encode_prompt(c, self.device, 1, False)[0] for c in chunks])
+
+    def predict(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """The model's raw prediction, float32. x: (batch, ...) latents, t: (batch,) or () timesteps, text: (batch, tokens, width)."""
+        return self.denoiser(x.to(self.dtype), t, encoder_hidden_states=text).sample.float()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> list:
+        """PIL pictures of clean latents (n, ...)."""
+        latents = latents.to(self.device, self.dtype) / self.pipeline.vae.config.scaling_factor
+        return self.pipeline.image_processor.postprocess(self.pipeline.vae.decode(latents).sample, output_type="pil")
+
+    def timesteps(self, steps: int) -> list[int]:
+        """The scheduler's timesteps, noisy to clean. InputError where the stock DDIM step would mistake the next one."""
+        stride = self.train_timesteps // steps
+        self.pipeline.scheduler.set_timesteps(steps)
+        grid = self.pipeline.scheduler.timesteps.tolist()
+        if any(t - stride != after for t, after in zip(grid, grid[1:])):
+            spacing = self.pipeline.scheduler.config.timestep_spacing
+            raise InputError(
+                f"--steps {steps}: with {spacing!r} spacing the DDIM scheduler's steps do not join up; "
+                f"take a number that divides {self.train_timesteps}"
+            )
+        return grid
+
+    def alpha_sigma(self, t: int | torch.Tensor) -> tuple:
+        """alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t). A negative int is the level after the last step: floats then."""
+        if isinstance(t, int):
+            abar = self.alphas_cumprod[t] if t >= 0 else self.pipeline.scheduler.final_alpha_cumprod.double()
+            return abar.sqrt().item(), (1 - abar).sqrt().item()
+        abar = self.alphas_cumprod[t.cpu()]
+        return abar.sqrt().float().to(t.device), (1 - abar).sqrt().float().to(t.device)
+
+    # ------------------------------------------------------------ LoRA
+
+    def add_lora(self, rank: int, alpha: float, targets: str, seed: int) -> list[torch.nn.Parameter]:
+        """Add a LoRA to the denoiser, float32, initially doing nothing; returns its parameters. targets: "attention", "all"
+        (every linear and convolution layer) or module names separated by commas."""
+        from peft import LoraConfig
+
+        layers = [n for n, m in self.denoiser.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+        names = {"attention": ["to_q", "to_k", "to_v", "to_out.0"], "all": layers}.get(targets, targets.split(","))
+        unknown = [n for n in names if not any(layer == n or layer.endswith("." + n) for layer in layers)]
+        if unknown:
+            raise InputError(f"--lora_targets {targets}: the model has no linear or convolution layer {unknown[0]!r}")
+        torch.manual_seed(seed)
+        self.denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian"))
+        for parameter in self.lora().values():
+            parameter.data = parameter.data.float()
+        return list(self.lora().values())
+
+    def lora(self) -> dict[str, torch.nn.Parameter]:
+        """The LoRA's parameters by name."""
+        return {n: p for n, p in self.denoiser.named_parameters() if "lora_" in n}
+
+    @contextlib.contextmanager
+    def lora_merged(self):
+        """Inside, the LoRA is merged into the weights (as fast as the plain model); afterwards they are restored bit by bit."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [m for m in self.denoiser.modules() if isinstance(m, BaseTunerLayer)]
+        saved = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+        try:
+            for layer in layers:
+                layer.merge()
+            yield
+        finally:
+            for layer, weight in zip(layers, saved):
+                layer.get_base_layer().weight.data.copy_(weight)
+                layer.merged_adapters.clear()  # unmerge() would subtract and leave rounding errors
+
+    @contextlib.contextmanager
+    def lora_off(self):
+        """Inside, the model is the base model."""
+        self.denoiser.disable_adapters()
+        try:
+            yield
+        finally:
+            self.denoiser.enable_adapters()  # also makes the parameters trainable again
+
+    def save_lora(self, folder: Path) -> None:
+        """Write pytorch_lora_weights.safetensors, with the metadata without which diffusers reloads alpha as the rank."""
+        from diffusers.training_utils import _collate_lora_metadata
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+
+        self.pipeline.save_lora_weights(
+            folder,
+            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser)),
+            weight_name="part.safetensors",
+            **_collate_lora_metadata({"unet": self.denoiser}),
+        )
+        os.replace(folder / "part.safetensors", folder / LORA_FILE)
+
+
+# ---------------------------------------------------------------- seeds, run folder, files
+
+
+def derived_seed(*key: int | str) -> int:
+    """A 63-bit seed that depends on nothing but the key, so that a picture or an update can be made again alone."""
+    words = [w if isinstance(w, int) else int.from_bytes(w.encode(), "big") for w in key]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def check_output(output: str, resume: str) -> None:
+    """InputError if --output exists already (unless the run is resumed)."""
+    path = Path(output)
+    if not output or resume or not path.exists() or path.is_dir() and not any(path.iterdir()):
+        return
+    if (path / "args.json").is_file():
+        raise InputError(f"--output {output}: holds a run already; continue it with --resume {output}, or give a new folder")
+    raise InputError(f"--output {output}: exists and is not a run; give a new folder")
+
+
+def make_run_folder(args, script: str, model: str, seed: int) -> Path:
+    """The folder of this run, with args.json: the one to resume, --output, or a new one under runs/."""
+    if args.resume:
+        return Path(args.resume)
+    folder = Path(args.output or f"runs/{script}__{Path(model).name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
+    return folder
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write beside, fsync, rename: at every moment `path` is the old file or the new one, never a part."""
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Atomically write `state` (tensors, numbers, strings, lists, dicts) to checkpoint.pt."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(folder / "checkpoint.pt", buffer.getvalue())
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """The last checkpoint, or None if the run was stopped before the first."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise InputError(f"--resume {folder}: checkpoint.pt is damaged ({type(error).__name__}); start a new run") from None
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Atomically write rows with the first row's columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+# ---------------------------------------------------------------- pictures of a run
+
+
+def save_grid(path: Path, base: list, tuned: list, prompts: list[str], per_prompt: int) -> None:
+    """Up to six prompts, one a row: left the base's pictures, right the tuned model's with the same seeds. Lists prompt by prompt."""
+    rows = min(6, len(prompts), len(base) // per_prompt)
+    figure = Figure(figsize=(2.2 * per_prompt, 1.35 * rows))
+    axes = figure.subplots(rows, 2 * per_prompt, squeeze=False)
+    for r in range(rows):
+        for c in range(per_prompt):
+            axes[r, c].imshow(base[r * per_prompt + c])
+            axes[r, per_prompt + c].imshow(tuned[r * per_prompt + c])
+        axes[r, 0].set_title(prompts[r], fontsize=8, loc="left")
+    axes[0, per_prompt].set_title("tuned, same seeds (base on the left)", fontsize=8, loc="left")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    _save_figure(figure, path)
+
+
+def save_curves(path: Path, rows: list[dict], losses: list[float], reward: str) -> None:
+    """Reward of the sampled and of the accepted pictures by round; loss by update."""
+    figure = Figure(figsize=(9, 3))
+    left, right = figure.subplots(1, 2)
+    for name in ("accepted", "sampled"):
+        left.plot([r["round"] for r in rows], [r[f"reward_{name}"] for r in rows], "o-", label=name)
+    left.set(xlabel="round", ylabel=reward, xticks=[r["round"] for r in rows])
+    left.legend()
+    right.plot(losses, linewidth=0.8)
+    right.set(xlabel="update", ylabel="denoising loss")
+    _save_figure(figure, path)
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,537 @@
+"""GRAFT (generalised rejection sampling fine-tuning): sample, score, accept by a rule, fine-tune on what was accepted.
+Paper: "Fine-Tuning Diffusion Models via Intermediate Distribution Shaping", arXiv 2510.02692, section 3.   Run: python graft.py
+
+Notation  x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1; c the prompt; p the model that is sampled; r(x, c) the
+          reward; M samples a prompt, of which a rule accepts some: sample i with probability A(x_i), non-decreasing in r.
+Equations (1) accepted samples follow  argmax_q  E_q[rhat] - KL(q || p)  with  rhat(x) = log E[A | X = x]: the rule is the regulariser
+          (2) K best of M:  rhat = log sum_{j<K} C(M-1, j) U^(M-1-j) (1-U)^j,  U = P(r(X') <= r(x)), ties broken at random
+          (3) KL(accepted || p) = integral_0^1 f log f du,  f = (M/K) exp(rhat);  K = 1: log M - (M-1)/M;  better of a pair: M = 2
+          (4) loss  E |prediction(x_t, t, c) - target|^2,  target eps, or v = alpha_t eps - sigma_t x_0
+Choices that the paper leaves open: a LoRA is tuned; groups in which no reward differs are skipped by the rules that rank;
+with guidance w > 1 the loss is on the guided prediction, because that is what samples (README, "Guidance").
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import common
+from common import DTYPES, ROOT, InputError, Model, derived_seed
+from rewards import Reward, average_hash, diversity, image_statistics
+
+RULES = ("topk", "preference", "exponential", "threshold", "none")
+DEFAULTS = {  # settings left out on the command line: (embedded shapes model, any other model)
+    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", "jpeg_compressibility"),
+    "steps": (10, 50),
+    "guidance": (1.0, 7.5),
+    "sample_batch": (64, 8),
+    "lora_targets": ("all", "attention"),
+    "lr": (1e-3, 1e-4),
+    "micro_batch": (64, 2),
+}
+
+
+@dataclass
+class Args:
+    """GRAFT: sample, score, accept by a rule, fine-tune a LoRA on what was accepted."""
+
+    seed: int = 0  # seed of the training run; evaluation pictures do not depend on it
+    output: str = ""  # run folder; left out: runs/<script>__<model>__<seed>__<time>
+    resume: str = ""  # run folder to continue; every other argument is taken from it
+    device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
+    dtype: str = "float32"  # precision of the frozen model: float32, bfloat16 or float16; the LoRA is always float32
+
+    model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a StableDiffusionPipeline (1.x, 2.x)
+    prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv or .jsonl (column `prompt`)
+    eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
+    eval_samples: int = 4  # pictures per held-out prompt
+
+    steps: int | None = None  # DDIM steps (10; other models 50)
+    guidance: float | None = None  # classifier-free guidance scale, 1 is none (1; other models 7.5)
+    eta: float = 1.0  # DDIM eta: 0 deterministic, 1 as random as DDPM
+    sample_batch: int | None = None  # pictures sampled at a time; no picture depends on it (64; other models 8)
+
+    reward: str = "shapes_strict"  # to maximise: a name of rewards.py, path/to/file.py:function, or "0.7*one+0.3*other"
+    eval_rewards: str | None = None  # rewards reported too, separated by commas (the shapes ones and JPEG; others JPEG)
+
+    rounds: int = 3  # times to sample, accept and update
+    prompts_per_round: int = 160  # prompts sampled in a round, none twice until all were used
+    samples: int = 8  # M, samples per prompt
+    rule: str = "topk"  # acceptance: topk, preference, exponential, threshold or none (the control)
+    top_k: int = 1  # K of the rule topk
+    threshold: float | None = None  # least accepted reward of the rule threshold
+    beta: float | None = None  # temperature of the rule exponential, in units of the reward
+    dedup: bool = False  # keep one of the accepted pictures of a prompt that have the same 8 x 8 average hash
+    accept_flat: bool = False  # do not skip groups whose rewards are all equal (rules topk and preference)
+    accumulate: bool = True  # train on what all rounds accepted; --no-accumulate: on the newest round's
+    reference: str = "newest"  # the model that later rounds sample: newest or base
+
+    lora_rank: int = 16  # rank of the LoRA
+    lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
+    lora_targets: str | None = None  # attention, all (linear and convolution), or layer names (all; others attention)
+    updates: int = 60  # optimiser updates per round
+    batch: int = 64  # pictures per update
+    micro_batch: int | None = None  # pictures per backward pass, accumulated to --batch (64; other models 2)
+    lr: float | None = None  # AdamW learning rate (1e-3; other models 1e-4)
+    prompt_dropout: float = 0.0  # share of training prompts replaced by the empty one
+    guided_loss: bool = True  # with guidance > 1, train the guided prediction; --no-guided_loss: the conditional one
+    gradient_checkpointing: bool = False  # less memory, about a third slower
+    save_accepted: bool = False  # write accepted pictures to <run>/accepted with metadata.jsonl (imagefolder)
+
+
+# ================================================================ equations: tensors in, tensors out
+
+
+def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, keys=None, generator=None):
+    """Which samples a rule accepts. rewards: (prompts, samples) -> bool mask of the same shape.
+
+    "topk": the top_k best of each row. "preference": the better of each consecutive pair. Both break ties at random.
+    "exponential": each with probability exp((r - reward_max) / beta); reward_max is the reward's known upper bound, without
+    one the row's maximum. "threshold": r >= threshold. "none": all. keys: integer ids, same shape; of the accepted samples of
+    a row that share a key one is kept (the best; ties at random). ValueError for a rule without its parameter.
+    Source: METHOD of arXiv 2510.02692, section 3; equation (1), (2) above.
+    """
+    groups, samples = rewards.shape
+    chance = torch.rand(rewards.shape, generator=generator).to(rewards.device)  # breaks ties, and is exponential's coin
+    if rule == "topk":
+        if not 1 <= top_k <= samples:
+            raise ValueError(f"top_k {top_k} must be between 1 and the number of samples {samples}")
+        mask = _rank(rewards, chance) < top_k
+    elif rule == "preference":
+        if samples % 2:
+            raise ValueError(f"preference pairs need an even number of samples, not {samples}")
+        pairs = (groups * samples // 2, 2)
+        mask = (_rank(rewards.reshape(pairs), chance.reshape(pairs)) == 0).reshape(groups, samples)
+    elif rule == "exponential":
+        if beta is None or beta <= 0:
+            raise ValueError("exponential needs beta > 0")
+        bound = rewards.max(1, keepdim=True).values if reward_max is None else reward_max
+        mask = chance < ((rewards - bound) / beta).exp()
+    elif rule == "threshold":
+        if threshold is None:
+            raise ValueError("threshold needs threshold")
+        mask = rewards >= threshold
+    elif rule == "none":
+        mask = torch.ones_like(rewards, dtype=torch.bool)
+    else:
+        raise ValueError(f"rule {rule!r} must be one of {', '.join(RULES)}")
+    if keys is not None:
+        rank = _rank(rewards, torch.rand(rewards.shape, generator=generator).to(rewards.device))
+        same = keys[:, :, None] == keys[:, None, :]  # (prompts, samples, samples)
+        better = mask[:, None, :] & same & (rank[:, None, :] < rank[:, :, None])
+        mask = mask & ~better.any(2)
+    return mask
+
+
+def _rank(rewards, chance):
+    """Place of each entry in its row, 0 the largest; ties in the order of `chance`. (rows, n) -> integer (rows, n)."""
+    order = chance.argsort(1)
+    order = order.gather(1, torch.argsort(rewards.gather(1, order), dim=1, descending=True, stable=True))
+    return order.argsort(1)
+
+
+def reshaped_reward(quantile, num_samples, top_k):
+    """rhat of "the top_k best of num_samples", up to a constant, at quantile U in [0, 1], any shape. Equation (2)."""
+    u = torch.as_tensor(quantile, dtype=torch.float64)
+    terms = [math.comb(num_samples - 1, j) * u ** (num_samples - 1 - j) * (1 - u) ** j for j in range(top_k)]
+    return torch.stack(terms).sum(0).log()
+
+
+def implied_kl(num_samples, top_k):
+    """KL(accepted || sampled) in nats of "the top_k best of num_samples", for a reward without ties. Equation (3)."""
+    if top_k == 1:
+        return math.log(num_samples) - (num_samples - 1) / num_samples
+    nodes = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    density = num_samples / top_k * reshaped_reward(nodes, num_samples, top_k).exp()
+    return torch.xlogy(density, density).mean().item()
+
+
+def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None):
+    """KL(accepted || sampled) in nats of a rule on rewards (prompts, samples). topk and preference: equation (3), an upper
+    bound if rewards tie; others: from the acceptance probabilities, mean over the prompts that can accept."""
+    if rule in ("topk", "preference"):
+        return implied_kl(rewards.shape[1], top_k) if rule == "topk" else implied_kl(2, 1)
+    if rule == "none":
+        return 0.0
+    chance = (
+        (rewards >= threshold).double()
+        if rule == "threshold"
+        else ((rewards - rewards.max(1, True).values) / beta).double().exp()
+    )
+    weight = (chance / chance.mean(1, keepdim=True))[chance.sum(1) > 0]
+    return torch.xlogy(weight, weight).mean().item() if len(weight) else math.nan
+
+
+def training_target(x_0, noise, alpha_t, sigma_t, prediction_type):
+    """(x_t, target) of the denoising loss, equation (4). x_0, noise: (batch, ...); alpha_t, sigma_t: (batch,)."""
+    alpha_t, sigma_t = (level.view(-1, *[1] * (x_0.dim() - 1)) for level in (alpha_t, sigma_t))
+    x_t = alpha_t * x_0 + sigma_t * noise
+    return x_t, {"epsilon": noise, "v_prediction": alpha_t * noise - sigma_t * x_0}[prediction_type]
+
+
+# ================================================================ sampling
+
+
+def guided_prediction(model, x, t, text, empty, guidance):
+    """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: (batch, tokens, width)."""
+    if guidance == 1:
+        return model.predict(x, t, text)
+    both = model.predict(x.repeat(2, 1, 1, 1), t if t.dim() == 0 else t.repeat(2), torch.cat([empty.expand_as(text), text]))
+    unconditional, conditional = both.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def draw_noise(seeds, steps, shape, dtype):
+    """(steps + 1, batch, *shape): the initial noise, then one draw a step, in the order in which the stock pipeline asks for
+    them when it is given one CPU generator for each seed."""
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    return torch.stack(
+        [torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in generators]) for _ in range(steps + 1)]
+    )
+
+
+@torch.no_grad()
+def sample(model, noise, text, empty, guidance, eta):
+    """DDIM (arXiv 2010.02502, equation 12). noise: (steps + 1, batch, c, h, w) -> clean latents x_0 (batch, c, h, w), float32."""
+    noise = noise.to(model.device, torch.float32)
+    grid = model.timesteps(len(noise) - 1)
+    times = torch.tensor(grid, device=model.device)  # one transfer, none inside the loop
+    x = noise[0]
+    for k, t in enumerate(grid):
+        alpha, sigma = model.alpha_sigma(t)
+        alpha_next, sigma_next = model.alpha_sigma(grid[k + 1] if k + 1 < len(grid) else -1)
+        prediction = guided_prediction(model, x, times[k], text, empty, guidance)
+        if model.prediction_type == "epsilon":
+            eps = prediction
+            x_0 = (x - sigma * eps) / alpha
+        else:  # v = alpha eps - sigma x_0
+            eps = alpha * prediction + sigma * x
+            x_0 = alpha * x - sigma * prediction
+        std = eta * sigma_next / sigma * math.sqrt(max(1 - alpha**2 / alpha_next**2, 0))
+        x = alpha_next * x_0 + math.sqrt(max(sigma_next**2 - std**2, 0)) * eps + std * noise[k + 1]
+    return x
+
+
+def sample_and_score(model, rewards, prompts, text, empty, seeds, args, label):
+    """Pictures of prompts (n), with text (n, tokens, width) and seeds (n), a batch at a time.
+    Returns latents (n, c, h, w), {reward or statistic: (n,)}, and the pictures, all but the first 24 at most 64 x 64 pixels."""
+    latents, scores, pictures = [], [], []
+    for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
+        part = slice(i, i + args.sample_batch)
+        noise = draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)
+        x_0 = sample(model, noise, text[part], empty, args.guidance, args.eta)
+        if not x_0.isfinite().all():
+            raise InputError(f"{label}: NaN or Inf in the latents; use --dtype float32 or bfloat16, or a lower --lr")
+        images = model.decode(x_0)
+        latents.append(x_0.cpu())
+        scores.append({r.spec: r(images, prompts[part]) for r in rewards} | image_statistics(images))
+        pictures += [p if i + j < 24 else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
+    return torch.cat(latents), {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, pictures
+
+
+# ================================================================ loss
+
+
+def denoising_loss(model, x_0, text, empty, t, noise, guidance):
+    """Equation (4), mean over everything. x_0, noise: (batch, c, h, w), text: (batch, tokens, width), t: (batch,)."""
+    alpha, sigma = model.alpha_sigma(t)
+    x_t, target = training_target(x_0, noise, alpha, sigma, model.prediction_type)
+    return (guided_prediction(model, x_t, t, text, empty, guidance) - target).square().mean()
+
+
+# ================================================================ evaluation
+
+
+def evaluate(model, rewards, prompts, text, empty, args, label):
+    """Fixed prompts x fixed seeds. Returns ({metric: (prompts,), the mean over a prompt's pictures}, first 24 pictures)."""
+    n = args.eval_samples
+    seeds = [derived_seed("eval", i, j) for i in range(len(prompts)) for j in range(n)]
+    repeated, text = [p for p in prompts for _ in range(n)], text.repeat_interleave(n, 0)
+    _, scores, pictures = sample_and_score(model, rewards, repeated, text, empty, seeds, args, label)
+    means = {name: values.view(-1, n).mean(1) for name, values in scores.items()}
+    means["diversity"] = torch.tensor([diversity(pictures[i * n : i * n + n]) for i in range(len(prompts))])
+    return means, pictures[:24]
+
+
+def paired_table(base, tuned):
+    """Rows {metric, base, tuned, difference, se}; se: the standard error over prompts of the mean paired difference."""
+    rows = []
+    for name in base:
+        change = tuned[name] - base[name]
+        numbers = (base[name].mean(), tuned[name].mean(), change.mean(), change.std() / len(change) ** 0.5)
+        rows.append({"metric": name} | dict(zip(("base", "tuned", "difference", "se"), map(float, numbers))))
+    return rows
+
+
+# ================================================================ the run
+
+
+def prepare(args):
+    """Check every argument before any model loads and fill in what was left out.
+    Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
+    embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
+    for name, (for_shapes, for_others) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, for_shapes if embedded else for_others)
+    args.device = common.check_device(args.device, args.dtype)
+    common.check_model_name(args.model)
+    common.check_output(args.output, args.resume)
+    positive = ("rounds", "prompts_per_round", "samples", "top_k", "steps", "sample_batch", "updates", "batch")
+    limits = {name: (1, math.inf) for name in (*positive, "micro_batch", "lora_rank", "guidance")}
+    limits |= {"top_k": (1, args.samples), "eta": (0, 1), "prompt_dropout": (0, 0.99), "eval_samples": (2, math.inf)}
+    limits |= {"seed": (0, math.inf), "lr": (1e-12, 1), "lora_alpha": (1e-12, math.inf)}
+    for name, (least, most) in limits.items():
+        if not least <= getattr(args, name) <= most:
+            raise InputError(f"--{name} {getattr(args, name)}: must be between {least} and {most}")
+    if args.batch % min(args.micro_batch, args.batch):
+        raise InputError(f"--micro_batch {args.micro_batch}: must divide --batch {args.batch}")
+    if args.reference not in ("newest", "base"):
+        raise InputError(f"--reference {args.reference}: must be newest or base")
+    if args.rule not in RULES:
+        raise InputError(f"--rule {args.rule}: must be one of {', '.join(RULES)}")
+    if args.rule == "threshold" and args.threshold is None:
+        raise InputError("--rule threshold needs --threshold, the least reward to accept")
+    if args.rule == "exponential" and not (args.beta or 0) > 0:
+        raise InputError("--rule exponential needs --beta above 0, in units of the reward")
+    if args.rule == "preference" and args.samples % 2:
+        raise InputError(f"--samples {args.samples}: must be even for --rule preference")
+
+    prompts = common.read_prompts(args.prompts, "--prompts")
+    if args.eval_prompts or args.prompts == Args.prompts:
+        held_out = common.read_prompts(args.eval_prompts or str(ROOT / "shapes" / "prompts_eval.txt"), "--eval_prompts")
+    else:
+        prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
+    if not prompts:
+        raise InputError(f"--prompts {args.prompts}: one prompt leaves none to hold out; add more or give --eval_prompts")
+    others = [spec for spec in args.eval_rewards.split(",") if spec and spec != args.reward]
+    rewards = [Reward(args.reward, "--reward"), *(Reward(spec, "--eval_rewards") for spec in others)]
+    for reward in rewards:
+        reward.check_prompts(prompts, "--prompts")
+        reward.check_prompts(held_out, "--eval_prompts")
+    return prompts, held_out, rewards
+
+
+def schedule_prompts(count, args):
+    """For each round the indices of its prompts: all prompts in a random order, then again in another, and so on."""
+    per_round = min(args.prompts_per_round, count)
+    stream = []
+    while len(stream) < args.rounds * per_round:
+        generator = torch.Generator().manual_seed(derived_seed(args.seed, "prompts", len(stream)))
+        stream += torch.randperm(count, generator=generator).tolist()
+    return [stream[r * per_round : (r + 1) * per_round] for r in range(args.rounds)]
+
+
+def describe(args, model, parameters, per_round, held_out, folder):
+    """The checked, derived settings."""
+    rule, kl = args.rule, "estimated in every round"
+    if rule in ("topk", "preference"):
+        rule = f"{args.top_k} best of {args.samples}" if rule == "topk" else "better of two"
+        kl = f"{estimated_kl(torch.zeros(1, args.samples), args.rule, top_k=args.top_k):.2f} nats at most (ties lower it)"
+    of = "base" if args.reference == "base" or args.rounds == 1 else "model of the round"
+    guided = "" if args.guidance == 1 else ", guided loss" if args.guided_loss else ", conditional loss"
+    return f"""GRAFT -> {folder}
+  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}
+  LoRA       rank {args.lora_rank}, alpha {args.lora_alpha:g}, {args.lora_targets}: {sum(p.numel() for p in parameters):,} parameters
+  sampling   {args.rounds} rounds x {per_round} prompts x {args.samples} = {args.rounds * per_round * args.samples} pictures, \
+{args.steps} steps, guidance {args.guidance:g}, eta {args.eta:g}
+  acceptance {rule} by {args.reward}; KL(accepted || {of}) {kl}
+  update     {args.rounds} rounds x {args.updates} = {args.rounds * args.updates} updates x {args.batch} pictures, lr {args.lr:g}{guided}
+  evaluation {len(held_out)} held-out prompts x {args.eval_samples} pictures, base and tuned on the same seeds"""
+
+
+def main(args, folder_known):
+    prompts, held_out, rewards = prepare(args)
+    model = Model(args.model, args.device, DTYPES[args.dtype])
+    model.timesteps(args.steps)
+    parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
+    if args.gradient_checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
+    schedule = schedule_prompts(len(prompts), args)
+    folder = common.make_run_folder(args, "graft", args.model, args.seed)
+    folder_known(folder)
+    print(describe(args, model, parameters, len(schedule[0]), held_out, folder), flush=True)
+
+    used = sorted({i for part in schedule for i in part})
+    row_of = torch.zeros(len(prompts), dtype=torch.long).index_copy(0, torch.tensor(used), torch.arange(len(used)))
+    text = model.encode([prompts[i] for i in used])  # once for every prompt; the text of prompt i is row row_of[i]
+    held_out_text, empty = model.encode(held_out), model.encode([""])
+
+    state = common.load_checkpoint(folder) if args.resume else None
+    if state:
+        for name, parameter in model.lora().items():
+            parameter.data.copy_(state["lora"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    else:
+        state = {"round": 0, "rows": [], "losses": [], "accepted": [], "seconds": 0.0}
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state["round"] + 1)
+    begun = time.perf_counter() - state["seconds"]
+
+    def checkpoint():
+        state.update(lora={n: p.detach().cpu() for n, p in model.lora().items()}, optimizer=optimizer.state_dict())
+        state.update(scaler=scaler.state_dict(), seconds=time.perf_counter() - begun)
+        common.save_checkpoint(folder, state)
+
+    # ------------------------------------------------------------ BASELINE
+    with model.lora_off():
+        base, base_pictures = evaluate(model, rewards, held_out, held_out_text, empty, args, "evaluate base")
+    print(f"  base       {args.reward} {base[args.reward].mean():.3f} on the held-out prompts", flush=True)
+
+    for r in range(state["round"], args.rounds):
+        speed = ""
+        if len(state["accepted"]) == r:  # not so if the run was stopped after it had accepted
+            # ---------------------------------------------------- SAMPLE, SCORE
+            start = time.perf_counter()
+            chosen = torch.tensor(schedule[r]).repeat_interleave(args.samples)  # (prompts x samples,)
+            seeds = [derived_seed(args.seed, r, i, j) for i in schedule[r] for j in range(args.samples)]
+            with model.lora_off() if args.reference == "base" else model.lora_merged():
+                latents, scores, pictures = sample_and_score(
+                    model,
+                    rewards[:1],
+                    [prompts[i] for i in chosen],
+                    text[row_of[chosen]],
+                    empty,
+                    seeds,
+                    args,
+                    f"sample {r + 1}",
+                )
+            speed = f"{len(seeds) / (time.perf_counter() - start):.0f} pictures/s, "
+            reward = scores[args.reward]  # (prompts x samples,)
+            table = reward.view(-1, args.samples)  # (prompts, samples)
+
+            # ---------------------------------------------------- ACCEPT
+            options = {"top_k": args.top_k, "threshold": args.threshold, "beta": args.beta}
+            generator = torch.Generator().manual_seed(derived_seed(args.seed, "accept", r))
+            keys = average_hash(pictures).view(-1, args.samples) if args.dedup else None
+            mask = accept(table, args.rule, **options, keys=keys, generator=generator)
+            groups = table.view(len(table), -1, 2 if args.rule == "preference" else args.samples)  # what a rule ranks
+            flat = (groups.amax(2) == groups.amin(2)) & (args.rule in ("topk", "preference"))  # no reward differs
+            if not args.accept_flat:
+                mask &= ~flat.repeat_interleave(groups.shape[2], 1)
+            index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
+            if len(index) == 0:
+                raise InputError(
+                    f"round {r + 1}: --rule {args.rule} accepted nothing ({flat.double().mean():.0%} of the groups had equal rewards, "
+                    f"the best reward was {reward.max():.4g}); raise --samples or take another rule or reward"
+                )
+            state["accepted"].append({"latents": latents[index], "prompt": chosen[index], "reward": reward[index]})
+            spread = [diversity(pictures[i : i + args.samples]) for i in range(0, len(pictures), args.samples)]
+            state["rows"].append(
+                {
+                    "round": r + 1,
+                    "reward_sampled": reward.mean().item(),
+                    "reward_accepted": reward[index].mean().item(),
+                    "acceptance_rate": len(index) / len(reward),
+                    "flat_groups": flat.double().mean().item(),
+                    "kl": estimated_kl(table, args.rule, **options),
+                    "diversity": sum(spread) / len(spread),
+                    **{name: values.mean().item() for name, values in scores.items() if name != args.reward},
+                }
+            )
+            if args.save_accepted:
+                save_accepted(folder / "accepted", model, state["accepted"], prompts, args)
+            checkpoint()
+
+        # -------------------------------------------------------- UPDATE
+        kept = state["accepted"] if args.accumulate else state["accepted"][-1:]
+        data = torch.cat([a["latents"] for a in kept])  # (n, c, h, w)
+        rows = row_of[torch.cat([a["prompt"] for a in kept])]  # (n,)
+        generator = torch.Generator().manual_seed(derived_seed(args.seed, "update", r))
+        epochs = math.ceil(args.updates * args.batch / len(data))
+        order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(epochs)])
+        losses = []
+        for update in tqdm(range(args.updates), desc=f"update {r + 1}", leave=False, mininterval=1):
+            index = order[update * args.batch : (update + 1) * args.batch]  # (batch,)
+            x_0 = data[index].to(args.device)  # (batch, c, h, w)
+            noise = torch.randn(x_0.shape, generator=generator).to(args.device)
+            t = torch.randint(model.train_timesteps, (args.batch,), generator=generator).to(args.device)
+            drop = (torch.rand(args.batch, generator=generator) < args.prompt_dropout).to(args.device)
+            context = torch.where(drop[:, None, None], empty, text[rows[index]])  # (batch, tokens, width)
+            losses.append(0.0)
+            for part in torch.arange(args.batch).split(args.micro_batch):
+                with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
+                    guidance = args.guidance if args.guided_loss else 1
+                    loss = denoising_loss(model, x_0[part], context[part], empty, t[part], noise[part], guidance)
+                scaler.scale(loss * len(part) / args.batch).backward()
+                losses[-1] += loss.item() * len(part) / args.batch
+            if not math.isfinite(losses[-1]):
+                raise InputError(
+                    f"round {r + 1}, update {update + 1}: the loss is {losses[-1]}; lower --lr or use --dtype float32"
+                )
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+        # -------------------------------------------------------- LOG
+        row = state["rows"][-1]
+        row |= {"pictures_trained_on": len(data), "loss": sum(losses) / len(losses)}
+        state["losses"] += losses
+        state["round"] = r + 1
+        checkpoint()
+        common.write_csv(folder / "metrics.csv", state["rows"])
+        model.save_lora(folder)
+        for name, value in row.items():
+            writer.add_scalar(name, value, r + 1)
+        left = state["seconds"] / state["round"] * (args.rounds - state["round"])
+        print(
+            f"  round {r + 1}/{args.rounds}  reward {row['reward_sampled']:.3f}, of the accepted {row['reward_accepted']:.3f} "
+            f"({row['acceptance_rate']:.1%} of {len(schedule[r]) * args.samples}; {row['flat_groups']:.0%} of groups without signal), "
+            f"loss {row['loss']:.4f}, {speed}{left:.0f} s left",
+            flush=True,
+        )
+    writer.close()
+
+    # ------------------------------------------------------------ EVALUATE, SAVE, SHOW
+    with model.lora_merged():
+        tuned, tuned_pictures = evaluate(model, rewards, held_out, held_out_text, empty, args, "evaluate tuned")
+    results = {"table": paired_table(base, tuned), "seconds": round(time.perf_counter() - begun, 1)}
+    common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    common.save_grid(folder / "grid.png", base_pictures, tuned_pictures, held_out, args.eval_samples)
+    common.save_curves(folder / "curves.png", state["rows"], state["losses"], args.reward)
+    print(f"\n{'held-out prompts':<34}{'base':>9}{'tuned':>9}{'difference':>12}   s.e.   ({args.reward} was optimised)")
+    for row in results["table"]:
+        print("{metric:<34}{base:>9.3f}{tuned:>9.3f}{difference:>+12.3f}  {se:.3f}".format(**row))
+    print(
+        f"\n{results['seconds']:.0f} s. In {folder}: the LoRA, results.json, metrics.csv, grid.png, curves.png. To use it:\n"
+    )
+    precision = "" if args.dtype == "float32" else f", dtype=torch.{args.dtype}"
+    print(f"""import torch; from diffusers import DDIMScheduler, StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained({args.model!r}{precision}).to({args.device!r})
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+pipe.load_lora_weights({str(folder.resolve())!r})
+pipe({held_out[0]!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, eta={args.eta}, \
+generator=torch.Generator().manual_seed({derived_seed("eval", 0, 0)})).images[0].save("tuned.png")""")
+
+
+def save_accepted(folder, model, rounds, prompts, args):
+    """Write the newest round's accepted pictures, then the metadata.jsonl (file_name, text, reward) of all rounds."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for r, accepted in enumerate(rounds):
+        for i in range(0, len(accepted["latents"]), args.sample_batch):
+            names = [f"round{r + 1:03d}_{j:06d}.png" for j in range(i, min(i + args.sample_batch, len(accepted["latents"])))]
+            if r == len(rounds) - 1:
+                for name, image in zip(names, model.decode(accepted["latents"][i : i + args.sample_batch])):
+                    image.save(folder / name)
+            for j, name in enumerate(names, i):
+                line = {"file_name": name, "text": prompts[accepted["prompt"][j]], "reward": accepted["reward"][j].item()}
+                lines.append(json.dumps(line) + "\n")
+    common.write_atomically(folder / "metadata.jsonl", "".join(lines))
+
+
+if __name__ == "__main__":
+    known = []
+    with common.exit_on_error(
+        lambda: f"Continue with: python graft.py --resume {known[0]}" if known else "Nothing was written."
+    ):
+        main(common.parse_arguments(Args), known.append)

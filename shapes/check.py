@@ -1,0 +1,131 @@
+"""The checker: reads a finished picture, pixels only, and says whether it shows what its prompt asks for.
+
+How: the background is the median colour; what differs from it is split into connected objects; an object's colour is the
+median of its core, its outline the pixels more than half of that colour, its shape the template (same area and centre)
+that overlaps best. About half a millisecond a picture.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from shapes.render import COLOURS, RELATIONS, SHAPES, SIZE, coverage, parse
+
+CONTRAST = 40  # least difference from the background in some channel, of 255, for a pixel to count as part of an object
+SPECK = 12  # pixels; anything smaller is noise, not an object
+COLOUR_TOLERANCE = 60  # RGB distance within which the core's median counts as the named colour
+PURITY = 0.8  # least share of an object's core that is nearest to that colour: no two-coloured objects
+FIT = 0.7  # least overlap (intersection over union) of an outline with the best template
+AREA = {"circle": np.pi, "square": (2 * 0.886) ** 2, "triangle": 0.975**2 * 4 / 3**0.5}  # of radius 1
+CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 0.975 / 3}  # below the middle of the bounding box, radius 1
+_Y, _X = np.mgrid[:SIZE, :SIZE] + 0.5
+_NAMES = list(COLOURS)
+_VALUES = np.array([COLOURS[c] for c in _NAMES], float)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object seen in a picture. `colour` or `shape` is None where the pixels fit no name well enough."""
+
+    colour: str | None
+    shape: str | None
+    x: float
+    y: float
+    fit: float  # overlap with the best template, in [0, 1]
+
+
+@dataclass(frozen=True)
+class Check:
+    """strict: everything right and nothing extra. graded: share in [0, 1] of six things right (two colours, two shapes,
+    the relation, exactly two objects). fit: mean template overlap of the objects, in [0, 1], whatever the prompt."""
+
+    strict: bool
+    graded: float
+    fit: float
+
+
+def _components(mask: np.ndarray) -> list[np.ndarray]:
+    """Index arrays (n, 2), (row, column), of the 4-connected parts of a boolean (SIZE, SIZE) mask."""
+    left = {(int(r), int(c)) for r, c in np.argwhere(mask)}
+    parts = []
+    while left:
+        todo, part = [left.pop()], []
+        while todo:
+            r, c = todo.pop()
+            part.append((r, c))
+            for near in ((r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)):
+                if near in left:
+                    left.remove(near)
+                    todo.append(near)
+        parts.append(np.array(part))
+    return parts
+
+
+def find_objects(image: Image.Image) -> list[Found]:
+    """All objects in the picture, largest first."""
+    pixels = np.asarray(
+        image.convert("RGB").resize((SIZE, SIZE)) if image.size != (SIZE, SIZE) else image.convert("RGB"), float
+    )
+    background = np.median(pixels.reshape(-1, 3), 0)
+    difference = pixels - background
+    found = []
+    parts = [p for p in _components(abs(difference).max(-1) > CONTRAST) if len(p) >= SPECK]
+    for part in sorted(parts, key=len, reverse=True):
+        mask = np.zeros((SIZE + 2, SIZE + 2), bool)
+        mask[part[:, 0] + 1, part[:, 1] + 1] = True
+        core = mask[1:-1, 1:-1] & mask[2:, 1:-1] & mask[:-2, 1:-1] & mask[1:-1, 2:] & mask[1:-1, :-2]
+        mask = mask[1:-1, 1:-1]
+        colours = pixels[core if core.any() else mask]
+        median = np.median(colours, 0)
+        nearest = np.linalg.norm(colours[:, None] - _VALUES, axis=-1).argmin(1)
+        index = int(np.linalg.norm(median - _VALUES, axis=-1).argmin())
+        pure = np.linalg.norm(median - _VALUES[index]) <= COLOUR_TOLERANCE and (nearest == index).mean() >= PURITY
+        direction = median - background
+        near = np.pad(mask, 1)
+        near = near[1:-1, 1:-1] | near[2:, 1:-1] | near[:-2, 1:-1] | near[1:-1, 2:] | near[1:-1, :-2]
+        share = np.clip(difference @ direction / (direction @ direction), 0, 1) * near  # how much of each pixel is object
+        area = share.sum()
+        cx, cy = (share * _X).sum() / area, (share * _Y).sum() / area
+        overlap = {}
+        for shape in SHAPES:
+            radius = (area / AREA[shape]) ** 0.5
+            template = coverage(shape, cx, cy - CENTROID[shape] * radius, radius)
+            overlap[shape] = np.minimum(share, template).sum() / np.maximum(share, template).sum()
+        best = max(overlap, key=overlap.get)
+        found.append(
+            Found(
+                _NAMES[index] if pure else None,
+                best if overlap[best] >= FIT else None,
+                float(cx),
+                float(cy),
+                float(overlap[best]),
+            )
+        )
+    return found
+
+
+@cache
+def _scene(prompt: str):
+    return parse(prompt)
+
+
+def check(image: Image.Image, prompt: str) -> Check:
+    """Compare one picture with its prompt. ValueError if the prompt is not one of this world."""
+    first, relation, second = _scene(prompt)
+    found = find_objects(image)
+    if not found:
+        return Check(False, 0.0, 0.0)
+    best = 0
+    for i, a in enumerate(found[:4]):  # the reading of the picture that is kindest to the prompt
+        best = max(best, (a.colour == first[0]) + (a.shape == first[1]), (a.colour == second[0]) + (a.shape == second[1]))
+        for j, b in enumerate(found[:4]):
+            if i != j:
+                dx, dy = a.x - b.x, a.y - b.y
+                along, across = (dx, dy) if RELATIONS[relation][0] else (dy, dx)
+                right = along * sum(RELATIONS[relation]) > abs(across)
+                points = (a.colour == first[0]) + (a.shape == first[1]) + (b.colour == second[0]) + (b.shape == second[1])
+                best = max(best, int(points + right))
+    best += len(found) == 2
+    return Check(best == 6, best / 6, float(np.mean([o.fit for o in found])))
