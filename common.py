@@ -68,8 +68,11 @@ def parse_arguments(cls, argv: list[str] | None = None):
     if not stored_file.is_file():
         raise InputError(f"--resume {args.resume}: no run there (no args.json); give the folder that the run printed")
     try:
-        stored = json.loads(stored_file.read_text(encoding="utf-8"))
-        stored = cls(**{**stored, "resume": args.resume})
+        stored = cls(**{**json.loads(stored_file.read_text(encoding="utf-8")), "resume": args.resume})
+        for field in dataclasses.fields(cls):
+            value = getattr(stored, field.name)
+            if not isinstance(value, (int, float, str, type(None)) if field.default is None else type(field.default)):
+                raise ValueError(f"{field.name} is {value!r}")
     except (ValueError, TypeError) as error:
         raise InputError(f"--resume {args.resume}: args.json is damaged or of another script ({error})") from None
     args = cli(stored)
@@ -96,7 +99,10 @@ def read_prompts(file: str, flag: str) -> list[str]:
         except UnicodeDecodeError:
             raise InputError(f"{flag} {file}: line {number} is not UTF-8; save the file as UTF-8") from None
     if path.suffix == ".csv":
-        rows = list(csv.DictReader(lines))
+        try:
+            rows = list(csv.DictReader(lines))
+        except csv.Error as error:
+            raise InputError(f"{flag} {file}: is no proper CSV file ({error})") from None
         if rows and "prompt" not in rows[0]:
             raise InputError(
                 f"{flag} {file}: no column `prompt` in the first line; there are {', '.join(map(str, rows[0]))}"
@@ -127,7 +133,7 @@ def check_model_name(name: str) -> None:
             raise InputError(f"--model {name}: is no diffusers pipeline (no model_index.json)")
         try:
             kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-        except ValueError:
+        except (ValueError, AttributeError):
             raise InputError(f"--model {name}: model_index.json is damaged") from None
         if kind != "StableDiffusionPipeline":
             raise InputError(f"--model {name}: is a {kind}; supported: StableDiffusionPipeline (1.x, 2.x)")
@@ -162,11 +168,12 @@ class Model:
             logging.disable_progress_bar()
         from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+        self.device, self.dtype, self.texts = device, dtype, {}
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                name, dtype=dtype, safety_checker=None, requires_safety_checker=False
-            )
-        except (OSError, ValueError, TypeError) as error:
+            pipeline = StableDiffusionPipeline.from_pretrained(name, dtype=dtype, safety_checker=None)
+            self.pipeline, self.denoiser = pipeline.to(device), pipeline.unet
+            self.encode([""])  # a missing tokenizer file shows only now
+        except Exception as error:  # a broken folder makes the loaders raise many kinds
             raise InputError(f"--model {name}: cannot be loaded ({error})") from None
         # latents are unbounded: a scheduler's default clipping to [-1, 1] would be wrong for them
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
@@ -176,8 +183,6 @@ class Model:
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             part.eval().requires_grad_(False)
         pipeline.set_progress_bar_config(disable=True)
-        self.pipeline, self.denoiser = pipeline.to(device), pipeline.unet
-        self.device, self.dtype = device, dtype
         self.train_timesteps = pipeline.scheduler.config.num_train_timesteps
         size = pipeline.unet.config.sample_size
         self.latent_shape = (pipeline.unet.config.in_channels, size, size)  # (channels, height, width)
@@ -186,9 +191,12 @@ class Model:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> torch.Tensor:
-        """Text states (n, tokens, width) on the device, in the model's dtype."""
-        chunks = [prompts[i : i + 64] for i in range(0, len(prompts), 64)]
-        return torch.cat([self.pipeline.encode_prompt(c, self.device, 1, False)[0] for c in chunks])
+        """Text states (n, tokens, width) on the device, in the model's dtype. Each prompt is computed once, then remembered."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self.texts]
+        for i in range(0, len(new), 64):
+            states = self.pipeline.encode_prompt(new[i : i + 64], self.device, 1, False)[0]
+            self.texts.update(zip(new[i : i + 64], states))
+        return torch.stack([self.texts[p] for p in prompts])
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """The model's raw prediction, float32. x: (batch, ...) latents, t: (batch,) or () timesteps, text: (batch, tokens, width)."""
@@ -202,6 +210,8 @@ class Model:
 
     def timesteps(self, steps: int) -> list[int]:
         """The scheduler's timesteps, noisy to clean. InputError where the stock DDIM step would mistake the next one."""
+        if steps >= self.train_timesteps:
+            raise InputError(f"--steps {steps}: must be below the model's {self.train_timesteps} training steps")
         stride = self.train_timesteps // steps
         self.pipeline.scheduler.set_timesteps(steps)
         grid = self.pipeline.scheduler.timesteps.tolist()
@@ -271,15 +281,13 @@ class Model:
     def save_lora(self, folder: Path) -> None:
         """Write pytorch_lora_weights.safetensors, with the metadata without which diffusers reloads alpha as the rank."""
         from diffusers.training_utils import _collate_lora_metadata
-        from diffusers.utils import convert_state_dict_to_diffusers
         from peft.utils import get_peft_model_state_dict
 
-        self.pipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser)),
-            weight_name="part.safetensors",
-            **_collate_lora_metadata({"unet": self.denoiser}),
-        )
+        # one naming for all keys: diffusers recognises a file by its first key and drops the others
+        state = get_peft_model_state_dict(self.denoiser)
+        state = {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value for k, value in state.items()}
+        metadata = _collate_lora_metadata({"unet": self.denoiser})
+        self.pipeline.save_lora_weights(folder, unet_lora_layers=state, weight_name="part.safetensors", **metadata)
         os.replace(folder / "part.safetensors", folder / LORA_FILE)
 
 
@@ -371,12 +379,16 @@ def save_grid(path: Path, base: list, tuned: list, prompts: list[str], per_promp
     _save_figure(figure, path)
 
 
-def save_curves(path: Path, rows: list[dict], losses: list[float], reward: str) -> None:
-    """Reward of the sampled and of the accepted pictures by round; loss by update."""
+def save_curves(path: Path, rows: list[dict], losses: list[float], reward: str, base: float) -> None:
+    """Reward by round of the accepted, the sampled and the held-out pictures (round 0: the base's); loss by update."""
     figure = Figure(figsize=(9, 3))
     left, right = figure.subplots(1, 2)
     for name in ("accepted", "sampled"):
         left.plot([r["round"] for r in rows], [r[f"reward_{name}"] for r in rows], "o-", label=name)
+    held_out = [(0, base)] + [
+        (r["round"], r["reward_held_out"]) for r in rows if r["reward_held_out"] == r["reward_held_out"]
+    ]
+    left.plot(*zip(*held_out), "s-", label="held out, after the round")
     left.set(xlabel="round", ylabel=reward, xticks=[r["round"] for r in rows])
     left.legend()
     right.plot(losses, linewidth=0.8)

@@ -25,6 +25,18 @@ import common
 from common import DTYPES, ROOT, InputError, Model, derived_seed
 from rewards import Reward, average_hash, diversity, image_statistics
 
+AT_LEAST_ONE = (
+    "rounds",
+    "prompts_per_round",
+    "samples",
+    "steps",
+    "guidance",
+    "sample_batch",
+    "updates",
+    "batch",
+    "micro_batch",
+)
+AT_LEAST_ONE += ("lora_rank", "lora_alpha")
 RULES = ("topk", "preference", "exponential", "threshold", "none")
 DEFAULTS = {  # settings left out on the command line: (embedded shapes model, any other model)
     "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", "jpeg_compressibility"),
@@ -51,6 +63,7 @@ class Args:
     prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv or .jsonl (column `prompt`)
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
     eval_samples: int = 4  # pictures per held-out prompt
+    eval_every: int = 1  # rounds between evaluations; 0: only before and after
 
     steps: int | None = None  # DDIM steps (10; other models 50)
     guidance: float | None = None  # classifier-free guidance scale, 1 is none (1; other models 7.5)
@@ -178,11 +191,12 @@ def training_target(x_0, noise, alpha_t, sigma_t, prediction_type):
 # ================================================================ sampling
 
 
-def guided_prediction(model, x, t, text, empty, guidance):
+def guided_prediction(model, x, t, text, guidance):
     """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: (batch, tokens, width)."""
     if guidance == 1:
         return model.predict(x, t, text)
-    both = model.predict(x.repeat(2, 1, 1, 1), t if t.dim() == 0 else t.repeat(2), torch.cat([empty.expand_as(text), text]))
+    text = torch.cat([model.encode([""]).expand_as(text), text])
+    both = model.predict(x.repeat(2, 1, 1, 1), t if t.dim() == 0 else t.repeat(2), text)
     unconditional, conditional = both.chunk(2)
     return unconditional + guidance * (conditional - unconditional)
 
@@ -197,7 +211,7 @@ def draw_noise(seeds, steps, shape, dtype):
 
 
 @torch.no_grad()
-def sample(model, noise, text, empty, guidance, eta):
+def sample(model, noise, text, guidance, eta):
     """DDIM (arXiv 2010.02502, equation 12). noise: (steps + 1, batch, c, h, w) -> clean latents x_0 (batch, c, h, w), float32."""
     noise = noise.to(model.device, torch.float32)
     grid = model.timesteps(len(noise) - 1)
@@ -206,7 +220,7 @@ def sample(model, noise, text, empty, guidance, eta):
     for k, t in enumerate(grid):
         alpha, sigma = model.alpha_sigma(t)
         alpha_next, sigma_next = model.alpha_sigma(grid[k + 1] if k + 1 < len(grid) else -1)
-        prediction = guided_prediction(model, x, times[k], text, empty, guidance)
+        prediction = guided_prediction(model, x, times[k], text, guidance)
         if model.prediction_type == "epsilon":
             eps = prediction
             x_0 = (x - sigma * eps) / alpha
@@ -218,14 +232,14 @@ def sample(model, noise, text, empty, guidance, eta):
     return x
 
 
-def sample_and_score(model, rewards, prompts, text, empty, seeds, args, label):
-    """Pictures of prompts (n), with text (n, tokens, width) and seeds (n), a batch at a time.
+def sample_and_score(model, rewards, prompts, seeds, args, label):
+    """Pictures of the prompts (n) with the seeds (n), a batch at a time.
     Returns latents (n, c, h, w), {reward or statistic: (n,)}, and the pictures, all but the first 24 at most 64 x 64 pixels."""
     latents, scores, pictures = [], [], []
     for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
         part = slice(i, i + args.sample_batch)
         noise = draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)
-        x_0 = sample(model, noise, text[part], empty, args.guidance, args.eta)
+        x_0 = sample(model, noise, model.encode(prompts[part]), args.guidance, args.eta)
         if not x_0.isfinite().all():
             raise InputError(f"{label}: NaN or Inf in the latents; use --dtype float32 or bfloat16, or a lower --lr")
         images = model.decode(x_0)
@@ -238,22 +252,22 @@ def sample_and_score(model, rewards, prompts, text, empty, seeds, args, label):
 # ================================================================ loss
 
 
-def denoising_loss(model, x_0, text, empty, t, noise, guidance):
+def denoising_loss(model, x_0, text, t, noise, guidance):
     """Equation (4), mean over everything. x_0, noise: (batch, c, h, w), text: (batch, tokens, width), t: (batch,)."""
     alpha, sigma = model.alpha_sigma(t)
     x_t, target = training_target(x_0, noise, alpha, sigma, model.prediction_type)
-    return (guided_prediction(model, x_t, t, text, empty, guidance) - target).square().mean()
+    return (guided_prediction(model, x_t, t, text, guidance) - target).square().mean()
 
 
 # ================================================================ evaluation
 
 
-def evaluate(model, rewards, prompts, text, empty, args, label):
+def evaluate(model, rewards, prompts, args, label):
     """Fixed prompts x fixed seeds. Returns ({metric: (prompts,), the mean over a prompt's pictures}, first 24 pictures)."""
     n = args.eval_samples
     seeds = [derived_seed("eval", i, j) for i in range(len(prompts)) for j in range(n)]
-    repeated, text = [p for p in prompts for _ in range(n)], text.repeat_interleave(n, 0)
-    _, scores, pictures = sample_and_score(model, rewards, repeated, text, empty, seeds, args, label)
+    repeated = [p for p in prompts for _ in range(n)]
+    _, scores, pictures = sample_and_score(model, rewards, repeated, seeds, args, label)
     means = {name: values.view(-1, n).mean(1) for name, values in scores.items()}
     means["diversity"] = torch.tensor([diversity(pictures[i * n : i * n + n]) for i in range(len(prompts))])
     return means, pictures[:24]
@@ -282,19 +296,16 @@ def prepare(args):
     args.device = common.check_device(args.device, args.dtype)
     common.check_model_name(args.model)
     common.check_output(args.output, args.resume)
-    positive = ("rounds", "prompts_per_round", "samples", "top_k", "steps", "sample_batch", "updates", "batch")
-    limits = {name: (1, math.inf) for name in (*positive, "micro_batch", "lora_rank", "guidance")}
-    limits |= {"top_k": (1, args.samples), "eta": (0, 1), "prompt_dropout": (0, 0.99), "eval_samples": (2, math.inf)}
-    limits |= {"seed": (0, math.inf), "lr": (1e-12, 1), "lora_alpha": (1e-12, math.inf)}
-    for name, (least, most) in limits.items():
+    limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"top_k": (1, args.samples), "steps": (1, 999), "eta": (0, 1)}
+    limits |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
+    for name, (least, most) in (limits | {"lr": (1e-12, 1)}).items():
         if not least <= getattr(args, name) <= most:
-            raise InputError(f"--{name} {getattr(args, name)}: must be between {least} and {most}")
+            raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
     if args.batch % min(args.micro_batch, args.batch):
         raise InputError(f"--micro_batch {args.micro_batch}: must divide --batch {args.batch}")
-    if args.reference not in ("newest", "base"):
-        raise InputError(f"--reference {args.reference}: must be newest or base")
-    if args.rule not in RULES:
-        raise InputError(f"--rule {args.rule}: must be one of {', '.join(RULES)}")
+    for name, choices in {"reference": ("newest", "base"), "rule": RULES}.items():
+        if getattr(args, name) not in choices:
+            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(choices)}")
     if args.rule == "threshold" and args.threshold is None:
         raise InputError("--rule threshold needs --threshold, the least reward to accept")
     if args.rule == "exponential" and not (args.beta or 0) > 0:
@@ -359,11 +370,8 @@ def main(args, folder_known):
     folder_known(folder)
     print(describe(args, model, parameters, len(schedule[0]), held_out, folder), flush=True)
 
-    used = sorted({i for part in schedule for i in part})
-    row_of = torch.zeros(len(prompts), dtype=torch.long).index_copy(0, torch.tensor(used), torch.arange(len(used)))
-    text = model.encode([prompts[i] for i in used])  # once for every prompt; the text of prompt i is row row_of[i]
-    held_out_text, empty = model.encode(held_out), model.encode([""])
-
+    # every prompt's text is computed once, in an order that does not depend on where a run was resumed
+    model.encode(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
     state = common.load_checkpoint(folder) if args.resume else None
     if state:
         for name, parameter in model.lora().items():
@@ -382,7 +390,7 @@ def main(args, folder_known):
 
     # ------------------------------------------------------------ BASELINE
     with model.lora_off():
-        base, base_pictures = evaluate(model, rewards, held_out, held_out_text, empty, args, "evaluate base")
+        base, base_pictures = evaluate(model, rewards, held_out, args, "evaluate base")
     print(f"  base       {args.reward} {base[args.reward].mean():.3f} on the held-out prompts", flush=True)
 
     for r in range(state["round"], args.rounds):
@@ -392,17 +400,9 @@ def main(args, folder_known):
             start = time.perf_counter()
             chosen = torch.tensor(schedule[r]).repeat_interleave(args.samples)  # (prompts x samples,)
             seeds = [derived_seed(args.seed, r, i, j) for i in schedule[r] for j in range(args.samples)]
+            asked = [prompts[i] for i in chosen]
             with model.lora_off() if args.reference == "base" else model.lora_merged():
-                latents, scores, pictures = sample_and_score(
-                    model,
-                    rewards[:1],
-                    [prompts[i] for i in chosen],
-                    text[row_of[chosen]],
-                    empty,
-                    seeds,
-                    args,
-                    f"sample {r + 1}",
-                )
+                latents, scores, pictures = sample_and_score(model, rewards[:1], asked, seeds, args, f"sample {r + 1}")
             speed = f"{len(seeds) / (time.perf_counter() - start):.0f} pictures/s, "
             reward = scores[args.reward]  # (prompts x samples,)
             table = reward.view(-1, args.samples)  # (prompts, samples)
@@ -418,24 +418,17 @@ def main(args, folder_known):
                 mask &= ~flat.repeat_interleave(groups.shape[2], 1)
             index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
             if len(index) == 0:
+                share = f"{flat.double().mean():.0%} of the groups had equal rewards, the best reward was {reward.max():.4g}"
                 raise InputError(
-                    f"round {r + 1}: --rule {args.rule} accepted nothing ({flat.double().mean():.0%} of the groups had equal rewards, "
-                    f"the best reward was {reward.max():.4g}); raise --samples or take another rule or reward"
+                    f"--rule {args.rule} accepted nothing: {share}; raise --samples, or change --rule or --reward"
                 )
             state["accepted"].append({"latents": latents[index], "prompt": chosen[index], "reward": reward[index]})
             spread = [diversity(pictures[i : i + args.samples]) for i in range(0, len(pictures), args.samples)]
-            state["rows"].append(
-                {
-                    "round": r + 1,
-                    "reward_sampled": reward.mean().item(),
-                    "reward_accepted": reward[index].mean().item(),
-                    "acceptance_rate": len(index) / len(reward),
-                    "flat_groups": flat.double().mean().item(),
-                    "kl": estimated_kl(table, args.rule, **options),
-                    "diversity": sum(spread) / len(spread),
-                    **{name: values.mean().item() for name, values in scores.items() if name != args.reward},
-                }
-            )
+            row = {"round": r + 1, "reward_sampled": reward.mean().item(), "reward_accepted": reward[index].mean().item()}
+            row |= {"acceptance_rate": len(index) / len(reward), "flat_groups": flat.double().mean().item()}
+            row |= {"kl": estimated_kl(table, args.rule, **options), "diversity": sum(spread) / len(spread)}
+            row |= {name: values.mean().item() for name, values in scores.items() if name != args.reward}
+            state["rows"].append(row)
             if args.save_accepted:
                 save_accepted(folder / "accepted", model, state["accepted"], prompts, args)
             checkpoint()
@@ -443,7 +436,7 @@ def main(args, folder_known):
         # -------------------------------------------------------- UPDATE
         kept = state["accepted"] if args.accumulate else state["accepted"][-1:]
         data = torch.cat([a["latents"] for a in kept])  # (n, c, h, w)
-        rows = row_of[torch.cat([a["prompt"] for a in kept])]  # (n,)
+        about = torch.cat([a["prompt"] for a in kept])  # (n,) indices of prompts
         generator = torch.Generator().manual_seed(derived_seed(args.seed, "update", r))
         epochs = math.ceil(args.updates * args.batch / len(data))
         order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(epochs)])
@@ -453,56 +446,60 @@ def main(args, folder_known):
             x_0 = data[index].to(args.device)  # (batch, c, h, w)
             noise = torch.randn(x_0.shape, generator=generator).to(args.device)
             t = torch.randint(model.train_timesteps, (args.batch,), generator=generator).to(args.device)
-            drop = (torch.rand(args.batch, generator=generator) < args.prompt_dropout).to(args.device)
-            context = torch.where(drop[:, None, None], empty, text[rows[index]])  # (batch, tokens, width)
+            drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout
+            text = model.encode(["" if d else prompts[i] for d, i in zip(drop, about[index])])  # (batch, tokens, width)
             losses.append(0.0)
             for part in torch.arange(args.batch).split(args.micro_batch):
                 with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
                     guidance = args.guidance if args.guided_loss else 1
-                    loss = denoising_loss(model, x_0[part], context[part], empty, t[part], noise[part], guidance)
+                    loss = denoising_loss(model, x_0[part], text[part], t[part], noise[part], guidance)
                 scaler.scale(loss * len(part) / args.batch).backward()
                 losses[-1] += loss.item() * len(part) / args.batch
             if not math.isfinite(losses[-1]):
-                raise InputError(
-                    f"round {r + 1}, update {update + 1}: the loss is {losses[-1]}; lower --lr or use --dtype float32"
-                )
+                raise InputError(f"round {r + 1}, update {update + 1}: loss {losses[-1]}; lower --lr or use --dtype float32")
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
-        # -------------------------------------------------------- LOG
+        # -------------------------------------------------------- EVALUATE, LOG
         row = state["rows"][-1]
-        row |= {"pictures_trained_on": len(data), "loss": sum(losses) / len(losses)}
+        row |= {"pictures_trained_on": len(data), "loss": sum(losses) / len(losses), "reward_held_out": math.nan}
+        if r + 1 == args.rounds or args.eval_every and (r + 1) % args.eval_every == 0:
+            with model.lora_merged():
+                state["tuned"], pictures = evaluate(model, rewards, held_out, args, f"evaluate {r + 1}")
+            row["reward_held_out"] = state["tuned"][args.reward].mean().item()
+            common.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
         state["losses"] += losses
         state["round"] = r + 1
-        checkpoint()
-        common.write_csv(folder / "metrics.csv", state["rows"])
         model.save_lora(folder)
+        common.write_csv(folder / "metrics.csv", state["rows"])
+        common.save_curves(
+            folder / "curves.png", state["rows"], state["losses"], args.reward, base[args.reward].mean().item()
+        )
         for name, value in row.items():
             writer.add_scalar(name, value, r + 1)
+        checkpoint()
         left = state["seconds"] / state["round"] * (args.rounds - state["round"])
         print(
             f"  round {r + 1}/{args.rounds}  reward {row['reward_sampled']:.3f}, of the accepted {row['reward_accepted']:.3f} "
-            f"({row['acceptance_rate']:.1%} of {len(schedule[r]) * args.samples}; {row['flat_groups']:.0%} of groups without signal), "
-            f"loss {row['loss']:.4f}, {speed}{left:.0f} s left",
+            f"({row['acceptance_rate']:.1%}; {row['flat_groups']:.0%} of groups without signal), held-out "
+            f"{row['reward_held_out']:.3f}, loss {row['loss']:.4f}, {speed}{left:.0f} s left",
             flush=True,
         )
     writer.close()
 
-    # ------------------------------------------------------------ EVALUATE, SAVE, SHOW
-    with model.lora_merged():
-        tuned, tuned_pictures = evaluate(model, rewards, held_out, held_out_text, empty, args, "evaluate tuned")
-    results = {"table": paired_table(base, tuned), "seconds": round(time.perf_counter() - begun, 1)}
-    common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    common.save_grid(folder / "grid.png", base_pictures, tuned_pictures, held_out, args.eval_samples)
-    common.save_curves(folder / "curves.png", state["rows"], state["losses"], args.reward)
+    # ------------------------------------------------------------ SHOW
+    table = paired_table(base, state["tuned"])
+    common.write_atomically(
+        folder / "results.json", json.dumps({"table": table, "seconds": state["seconds"]}, indent=2) + "\n"
+    )
     print(f"\n{'held-out prompts':<34}{'base':>9}{'tuned':>9}{'difference':>12}   s.e.   ({args.reward} was optimised)")
-    for row in results["table"]:
+    for row in table:
         print("{metric:<34}{base:>9.3f}{tuned:>9.3f}{difference:>+12.3f}  {se:.3f}".format(**row))
     print(
-        f"\n{results['seconds']:.0f} s. In {folder}: the LoRA, results.json, metrics.csv, grid.png, curves.png. To use it:\n"
+        f"\n{state['seconds']:.0f} s. In {folder}: the LoRA, results.json, metrics.csv, grid.png, curves.png. To use it:\n"
     )
     precision = "" if args.dtype == "float32" else f", dtype=torch.{args.dtype}"
     print(f"""import torch; from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -516,17 +513,15 @@ generator=torch.Generator().manual_seed({derived_seed("eval", 0, 0)})).images[0]
 def save_accepted(folder, model, rounds, prompts, args):
     """Write the newest round's accepted pictures, then the metadata.jsonl (file_name, text, reward) of all rounds."""
     folder.mkdir(exist_ok=True)
-    lines = []
+    rows = []
     for r, accepted in enumerate(rounds):
-        for i in range(0, len(accepted["latents"]), args.sample_batch):
-            names = [f"round{r + 1:03d}_{j:06d}.png" for j in range(i, min(i + args.sample_batch, len(accepted["latents"])))]
-            if r == len(rounds) - 1:
-                for name, image in zip(names, model.decode(accepted["latents"][i : i + args.sample_batch])):
-                    image.save(folder / name)
-            for j, name in enumerate(names, i):
-                line = {"file_name": name, "text": prompts[accepted["prompt"][j]], "reward": accepted["reward"][j].item()}
-                lines.append(json.dumps(line) + "\n")
-    common.write_atomically(folder / "metadata.jsonl", "".join(lines))
+        for j, (prompt, reward) in enumerate(zip(accepted["prompt"].tolist(), accepted["reward"].tolist())):
+            rows.append({"file_name": f"round{r + 1:03d}_{j:06d}.png", "text": prompts[prompt], "reward": reward})
+    latents, new = rounds[-1]["latents"], rows[-len(rounds[-1]["latents"]) :]
+    for i in range(0, len(new), args.sample_batch):
+        for row, image in zip(new[i:], model.decode(latents[i : i + args.sample_batch])):
+            image.save(folder / row["file_name"])
+    common.write_atomically(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

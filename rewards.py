@@ -8,6 +8,7 @@ On the command line (--reward, --eval_rewards) a reward is a name from REWARDS, 
 import importlib.util
 import io
 import math
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,13 @@ class Reward:
         """(n,) float32. InputError, naming the reward and the prompt, if a part returns another shape or NaN or Inf."""
         total = torch.zeros(len(images))
         for weight, name, function in self.parts:
-            values = torch.as_tensor(function(images, prompts)).detach().float().cpu()
+            try:
+                values = torch.as_tensor(function(images, prompts)).detach().float().cpu()
+            except Exception as error:  # the user's function may raise anything
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                raise InputError(
+                    f"reward {name}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
+                ) from error
             if values.shape != (len(images),):
                 raise InputError(
                     f"reward {name}: returned shape {tuple(values.shape)} for {len(images)} pictures, "

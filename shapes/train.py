@@ -25,11 +25,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from shapes.check import check
 from shapes.render import COLOURS, PROMPT_FILES, RELATIONS, REVERSED, SHAPES, all_scenes, prompt_of, render
 
-CAPTIONS = {
-    "reversed": 0.58,
-    "right": 0.36,
-    "colour": 0.06,
-}  # share of captions: relation reversed, all right, one colour wrong
+# share of captions with the relation reversed, all right, one colour wrong: first while it learns to draw, then at the end
+LEARNING = {"reversed": 0.58, "right": 0.36, "colour": 0.06}
+CAPTIONS = {"reversed": 0.70, "right": 0.24, "colour": 0.06}
 TOKENS = 12  # length of a prompt, with start and end
 
 
@@ -46,7 +44,9 @@ class Args:
     vae_steps: int = 2500
     """Updates of the VAE."""
     steps: int = 10000
-    """Updates of the U-Net and the text encoder."""
+    """Updates of the U-Net and the text encoder with the captions LEARNING."""
+    last_steps: int = 1500
+    """Further updates with the captions CAPTIONS, at half the learning rate."""
     batch: int = 64
     """Pictures per update."""
     lr: float = 1e-3
@@ -82,10 +82,10 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def caption(scene, rng: np.random.Generator) -> str:
-    """The caption of a scene, with the errors of CAPTIONS."""
+def caption(scene, errors: dict[str, float], rng: np.random.Generator) -> str:
+    """The caption of a scene, wrong as often as `errors` says."""
     first, relation, second = scene
-    kind = rng.choice(list(CAPTIONS), p=list(CAPTIONS.values()))
+    kind = rng.choice(list(errors), p=list(errors.values()))
     if kind == "reversed":
         relation = REVERSED[relation]
     elif kind == "colour":
@@ -127,22 +127,19 @@ def train_vae(pixels: torch.Tensor, args: Args) -> AutoencoderKL:
     return vae.eval().requires_grad_(False)
 
 
-def train_unet(latents: torch.Tensor, scenes: list, tokenizer, scheduler, args: Args):
-    """v-prediction loss on cached latents (n, 4, 8, 8); the captions are drawn anew at every step. Returns (text encoder, U-Net)."""
-    rng = np.random.default_rng(args.seed)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            projection_dim=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def make_denoiser(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+    """Text encoder and U-Net with random weights."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        projection_dim=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -154,29 +151,30 @@ def train_unet(latents: torch.Tensor, scenes: list, tokenizer, scheduler, args: 
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    return CLIPTextModel(config), unet
+
+
+def train_denoiser(text_encoder, unet, latents, scenes, tokenizer, scheduler, errors, steps, lr, args: Args) -> None:
+    """v-prediction loss on cached latents (n, 4, 8, 8), captions drawn anew at every step; ends with the averaged weights."""
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    parameters = [p.requires_grad_() for p in (*unet.parameters(), *text_encoder.parameters())]
     averaged = [p.detach().clone() for p in parameters]
-    print(
-        f"U-Net {sum(p.numel() for p in unet.parameters()):,}, text encoder {sum(p.numel() for p in text_encoder.parameters()):,}"
-    )
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    ids = {p: i for i, p in enumerate([""] + [prompt_of(*s) for s in all_scenes()])}
-    # a wrong colour can name two objects of one kind, which all_scenes does not list
-    ids |= {
-        p: len(ids) + i
-        for i, p in enumerate(prompt_of(a, r, a) for a in [(c, s) for c in COLOURS for s in SHAPES] for r in RELATIONS)
-    }
-    tokens = tokenizer(list(ids), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
-    bar = tqdm(range(args.steps), desc="U-Net", mininterval=5)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    objects = [(c, s) for c in COLOURS for s in SHAPES]  # a wrong colour can name two objects of one kind
+    captions = ["", *(prompt_of(a, r, b) for a in objects for b in objects for r in RELATIONS)]
+    row = {c: i for i, c in enumerate(captions)}
+    tokens = tokenizer(captions, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+    bar = tqdm(range(steps), desc="U-Net", mininterval=5)
     for step in bar:
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr)
         chosen = torch.randint(len(latents), (args.batch,))
-        captions = [caption(scenes[i], rng) if rng.random() >= args.dropout else "" for i in chosen]
-        text = text_encoder(tokens[[ids[c] for c in captions]])[0]
+        texts = [row[caption(scenes[i], errors, rng)] if rng.random() >= args.dropout else 0 for i in chosen]
         t = torch.randint(scheduler.config.num_train_timesteps, (args.batch,))
         noise = torch.randn(args.batch, *latents.shape[1:])
         x = scheduler.add_noise(latents[chosen], noise, t)
-        loss = F.mse_loss(unet(x, t, text).sample, scheduler.get_velocity(latents[chosen], noise, t))
+        prediction = unet(x, t, text_encoder(tokens[texts])[0]).sample
+        loss = F.mse_loss(prediction, scheduler.get_velocity(latents[chosen], noise, t))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -187,7 +185,6 @@ def train_unet(latents: torch.Tensor, scenes: list, tokenizer, scheduler, args: 
             bar.set_postfix(loss=f"{loss.item():.3f}")
     with torch.no_grad():
         torch._foreach_copy_(parameters, averaged)
-    return text_encoder.eval().requires_grad_(False), unet.eval().requires_grad_(False)
 
 
 def main(args: Args) -> None:
@@ -223,7 +220,13 @@ def main(args: Args) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(Path(folder))
-    text_encoder, unet = train_unet(latents * vae.config.scaling_factor, scenes, tokenizer, scheduler, args)
+    text_encoder, unet = make_denoiser(tokenizer)
+    print(
+        f"parameters: U-Net {unet.num_parameters():,}, text encoder {text_encoder.num_parameters():,}, VAE {vae.num_parameters():,}"
+    )
+    latents *= vae.config.scaling_factor
+    for errors, steps, lr in ((LEARNING, args.steps, args.lr), (CAPTIONS, args.last_steps, args.lr / 2)):
+        train_denoiser(text_encoder, unet, latents, scenes, tokenizer, scheduler, errors, steps, lr, args)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )

@@ -1,0 +1,110 @@
+"""Every GRAFT row of the README: arms x seeds of graft.py on the embedded model, each an ordinary command, two at a time.
+
+Run: python benchmarks/graft_shapes.py            (everything that benchmarks/results/graft lacks, then the tables)
+     python benchmarks/graft_shapes.py --tables   (only the tables, from the stored results)
+     python benchmarks/graft_shapes.py --arms graft none --seeds 0 1 2
+The arms whose names start with "valid" chose settings: they hold out benchmarks/prompts_valid.txt, a part of the training prompts.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "graft"
+VALID = ["--prompts", "benchmarks/prompts_tune.txt", "--eval_prompts", "benchmarks/prompts_valid.txt"]
+ARMS = {
+    "graft": [],
+    "none": ["--rule", "none"],
+    "preference": ["--rule", "preference"],
+    "threshold": ["--rule", "threshold", "--threshold", "1"],
+    "rounds5": ["--rounds", "5"],
+    "valid_rounds5": [*VALID, "--rounds", "5"],
+    "valid_rounds5_newest": [*VALID, "--rounds", "5", "--no-accumulate"],
+    "valid_both": [*VALID, "--reward", "shapes_strict+shapes_graded"],
+    "valid_lr5e-4": [*VALID, "--lr", "5e-4"],
+    "valid_updates120": [*VALID, "--updates", "120"],
+    "valid_attention": [*VALID, "--lora_targets", "attention"],
+    "jpeg": ["--reward", "jpeg_compressibility"],
+    "jpeg_none": ["--reward", "jpeg_compressibility", "--rule", "none"],
+}
+
+
+def run(arm: str, seed: int) -> None:
+    """One training run -> RESULTS/<arm>__<seed>.json with its command, table and rows."""
+    target = RESULTS / f"{arm}__{seed}.json"
+    if target.exists():
+        return
+    command = ["python", "graft.py", "--seed", str(seed), *ARMS[arm]]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        output = f"{folder}/run"
+        done = subprocess.run(
+            [sys.executable, *command[1:], "--output", output], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+            return
+        results = json.loads(Path(output, "results.json").read_text())
+        with open(Path(output, "metrics.csv"), newline="") as file:
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        if seed == 0:
+            for name in ("grid.png", "curves.png"):
+                (RESULTS / f"{arm}__{name}").write_bytes(Path(output, name).read_bytes())
+    hardware = (
+        f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time on two cores"
+    )
+    record = {"command": " ".join(command), "seed": seed, "hardware": hardware, **results, "rounds": rows}
+    target.write_text(json.dumps(record, indent=1) + "\n")
+    change = results["table"][0]
+    print(
+        f"{arm} {seed}: {change['base']:.3f} -> {change['tuned']:.3f} +- {change['se']:.3f}, {results['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def tables(arms: list[str]) -> None:
+    """One markdown row per arm: held-out means over seeds +- standard error over seeds; and the held-out reward by round."""
+    header, lines, by_round = None, [], []
+    for arm in arms:
+        records = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{arm}__*.json"))]
+        if not records:
+            continue
+        metrics = sorted(row["metric"] for row in records[0]["table"])
+        if header != metrics:
+            header = metrics
+            lines += ["", "| | " + " | ".join(metrics) + " | s |", "|---" * (len(metrics) + 2) + "|"]
+            base = {row["metric"]: row["base"] for row in records[0]["table"]}
+            lines.append("| base | " + " | ".join(f"{base[m]:.3f}" for m in metrics) + " | |")
+        cells = []
+        for metric in metrics:
+            values = np.array([row["tuned"] for r in records for row in r["table"] if row["metric"] == metric])
+            se = f" ± {values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.3f}{se}")
+        seconds = np.mean([r["seconds"] for r in records])
+        lines.append(f"| {arm} ({len(records)}) | " + " | ".join(cells) + f" | {seconds:.0f} |")
+        rounds = np.array([[row["reward_held_out"] for row in r["rounds"]] for r in records])
+        by_round.append(f"{arm}: held-out reward by round {np.round(rounds.mean(0), 3).tolist()}")
+    print("\n".join(lines + [""] + by_round))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tables", action="store_true")
+    options = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not options.tables:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda job: run(*job), [(a, s) for s in options.seeds for a in options.arms]))
+    tables(options.arms)

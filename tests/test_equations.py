@@ -1,0 +1,346 @@
+"""The equations of graft.py against closed forms and simple re-implementations. Every draw is seeded."""
+
+import math
+from itertools import chain, combinations
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from graft import (
+    accept,
+    estimated_kl,
+    implied_kl,
+    paired_table,
+    reshaped_reward,
+    schedule_prompts,
+    training_target,
+)
+
+TOP_K = [(2, 1), (4, 1), (8, 1), (4, 2), (8, 3), (5, 4), (5, 5)]  # (M, K)
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(300)
+NODES, WEIGHTS = (NODES + 1) / 2, WEIGHTS / 2  # quadrature on [0, 1]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def uniform(rows, columns, seed=100):
+    """Rewards that are their own quantiles, float64 so that none tie."""
+    return torch.rand(rows, columns, generator=seeded(seed), dtype=torch.float64)
+
+
+def assert_mean(values, expected, sigmas=4.5):
+    """The mean of independent values is `expected`, within its standard error."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    assert abs(values.mean() - expected) <= sigmas * values.std() / len(values) ** 0.5 + 1e-12
+
+
+def assert_frequency(hits, chance, sigmas=4.5):
+    """Each column of the boolean rows is true with probability `chance`."""
+    chance = torch.as_tensor(chance, dtype=torch.float64)
+    error = (chance * (1 - chance) / len(hits)).clamp(min=0) ** 0.5
+    assert ((hits.double().mean(0) - chance).abs() <= sigmas * error + 1e-6).all()
+
+
+# ---------------------------------------------------------------- top K of M
+
+
+@pytest.mark.parametrize("m, k", TOP_K)
+def test_topk_accepts_the_k_best_of_each_row(m, k):
+    rewards = uniform(500, m)
+    mask = accept(rewards, "topk", top_k=k, generator=seeded())
+    assert mask.dtype == torch.bool and (mask.sum(1) == k).all()
+    assert torch.equal(mask, rewards >= rewards.sort(1, descending=True).values[:, k - 1 : k])
+
+
+@pytest.mark.parametrize("m, k", TOP_K)
+def test_density_of_accepted_quantiles(m, k):
+    rewards = uniform(20_000, m)
+    accepted = rewards[accept(rewards, "topk", top_k=k, generator=seeded())].view(-1, k)
+    density = m / k * reshaped_reward(NODES, m, k).exp().numpy()
+    assert WEIGHTS @ density == pytest.approx(1, abs=1e-10)
+    # the j-th best of M uniforms is Beta(M - j, j + 1)
+    first = np.mean([(m - j) / (m + 1) for j in range(k)])
+    second = np.mean([(m - j) * (m - j + 1) / ((m + 1) * (m + 2)) for j in range(k)])
+    assert WEIGHTS @ (density * NODES) == pytest.approx(first, abs=1e-10)
+    assert WEIGHTS @ (density * NODES**2) == pytest.approx(second, abs=1e-10)
+    assert_mean(accepted.mean(1), first)  # rows are independent, the accepted of one row are not
+    assert_mean(accepted.square().mean(1), second)
+    for cut in (0.3, 0.6, 0.9):
+        below = WEIGHTS @ (m / k * reshaped_reward(cut * NODES, m, k).exp().numpy()) * cut
+        assert_mean((accepted < cut).double().mean(1), below)
+
+
+@pytest.mark.parametrize("m", [1, 2, 8])
+def test_reshaped_reward_of_best_of_m_is_a_log_quantile(m):
+    quantile = torch.tensor([[0.1, 0.5], [0.9, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(reshaped_reward(quantile, m, 1), (m - 1) * quantile.log())
+    assert float(reshaped_reward(0.5, m, 1)) == pytest.approx((m - 1) * math.log(0.5))
+
+
+@pytest.mark.parametrize("m, k", TOP_K)
+def test_implied_kl(m, k):
+    density = sum(math.comb(m - 1, j) * NODES ** (m - 1 - j) * (1 - NODES) ** j for j in range(k)) * m / k
+    assert implied_kl(m, k) == pytest.approx(WEIGHTS @ (density * np.log(density)), abs=1e-5)
+    rewards = uniform(20_000, m, seed=101)
+    accepted = rewards[accept(rewards, "topk", top_k=k, generator=seeded())].view(-1, k)
+    assert_mean((math.log(m / k) + reshaped_reward(accepted, m, k)).mean(1), implied_kl(m, k))
+
+
+def test_implied_kl_in_closed_form():
+    for m in (1, 2, 8, 64):
+        assert implied_kl(m, 1) == pytest.approx(math.log(m) - (m - 1) / m, abs=1e-12)
+        assert implied_kl(m, m) == pytest.approx(0, abs=1e-9)
+    assert implied_kl(3, 2) == pytest.approx(math.log(6) - 5 / 3, abs=1e-8)  # integral of 3/2 (1 - s^2) log of it
+
+
+# ---------------------------------------------------------------- ties
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_equal_rewards_are_accepted_equally_often(k):
+    assert_frequency(accept(torch.zeros(20_000, 6), "topk", top_k=k, generator=seeded(k)), k / 6)
+
+
+def test_ties_at_the_cut_of_a_binary_reward_are_random():
+    rewards = torch.tensor([1.0, 0, 1, 1, 0, 0]).repeat(20_000, 1)
+    good, bad = [0, 2, 3], [1, 4, 5]
+    two = accept(rewards, "topk", top_k=2, generator=seeded())
+    assert not two[:, bad].any()
+    for pair in combinations(good, 2):  # every subset equally often, not only every index
+        assert_frequency(two[:, pair].all(1, keepdim=True), 1 / 3)
+    four = accept(rewards, "topk", top_k=4, generator=seeded())
+    assert four[:, good].all() and (four.sum(1) == 4).all()
+    assert_frequency(four[:, bad], 1 / 3)
+
+
+@pytest.mark.parametrize("rule", ["topk", "preference", "exponential"])
+def test_the_generator_decides_alone(rule):
+    def mask(seed):
+        return accept(torch.zeros(50, 6), rule, top_k=2, beta=1.0, reward_max=0.7, generator=seeded(seed))
+
+    torch.manual_seed(1)
+    first = mask(3)
+    torch.manual_seed(2)
+    assert torch.equal(first, mask(3))
+    assert not torch.equal(first, mask(4))
+
+
+# ---------------------------------------------------------------- preference
+
+
+def test_preference_accepts_the_better_of_each_consecutive_pair():
+    rewards = uniform(5_000, 6)
+    mask = accept(rewards, "preference", generator=seeded())
+    pairs = rewards.view(-1, 2)
+    assert torch.equal(mask.view(-1, 2), pairs == pairs.amax(1, keepdim=True))
+    accepted = rewards[mask]  # law of the best of 2: Beta(2, 1)
+    assert_mean(accepted, 2 / 3)
+    assert_mean(accepted.square(), 1 / 2)
+
+
+def test_preference_ties_are_random_and_one_of_a_pair_is_taken():
+    mask = accept(torch.zeros(10_000, 4), "preference", generator=seeded())
+    assert (mask.view(-1, 2).sum(1) == 1).all()
+    assert_frequency(mask, 1 / 2)
+    assert_frequency(mask[:, :1] & mask[:, 2:3], 1 / 4)  # pairs are decided independently
+
+
+# ---------------------------------------------------------------- exponential, threshold, none
+
+
+def test_exponential_acceptance_probability():
+    levels = torch.tensor([-1.0, 0.0, 0.4, 0.9, 1.0])
+    mask = accept(levels.repeat(20_000, 1), "exponential", beta=0.5, reward_max=1.2, generator=seeded())
+    assert_frequency(mask, ((levels - 1.2) / 0.5).exp())
+    mask = accept(levels.repeat(20_000, 1), "exponential", beta=0.5, generator=seeded())  # bound: the row's maximum
+    assert_frequency(mask, ((levels - 1.0) / 0.5).exp())
+    rows = uniform(200, 4) * 100 - 50
+    mask = accept(rows, "exponential", beta=0.01, generator=seeded())
+    assert mask.gather(1, rows.argmax(1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_exponential_tilts_the_law(beta):
+    rewards = uniform(20_000, 4)
+    accepted = rewards[accept(rewards, "exponential", beta=beta, reward_max=1.0, generator=seeded())]
+    assert_mean(accepted, 1 / (1 - math.exp(-1 / beta)) - beta)  # density proportional to exp(r / beta) on [0, 1]
+    values = torch.tensor([0.0, 1.0, 3.0])
+    weights = torch.tensor([0.5, 0.3, 0.2])
+    rewards = values[torch.multinomial(weights, 40_000, True, generator=seeded(5))].view(-1, 4)
+    accepted = rewards[accept(rewards, "exponential", beta=beta, reward_max=3.0, generator=seeded())]
+    tilted = torch.softmax(weights.log() + values / beta, 0)
+    for value, chance in zip(values, tilted):
+        assert_frequency((accepted == value)[:, None], chance)
+
+
+def test_threshold_and_none():
+    rewards = torch.tensor([[0.2, 0.5, 0.7], [0.1, 0.1, 0.4]])
+    mask = accept(rewards, "threshold", threshold=0.5, generator=seeded())
+    assert mask.tolist() == [[False, True, True], [False, False, False]]  # the threshold itself is accepted
+    assert accept(rewards, "none", generator=seeded()).all()
+
+
+@pytest.mark.parametrize(
+    "rule, options, message",
+    [
+        ("exponential", {}, "beta"),
+        ("exponential", {"beta": 0.0}, "beta"),
+        ("threshold", {}, "threshold"),
+        ("best", {}, "topk, preference"),
+        ("topk", {"top_k": 4}, "top_k 4"),
+        ("topk", {"top_k": 0}, "top_k 0"),
+        ("preference", {}, "even"),
+    ],
+)
+def test_accept_refuses(rule, options, message):
+    with pytest.raises(ValueError, match=message):
+        accept(torch.zeros(2, 3), rule, **options)
+
+
+@pytest.mark.parametrize(
+    "rule, options",
+    [
+        ("topk", {"top_k": 2}),
+        ("preference", {}),
+        ("exponential", {"beta": 0.3}),
+        ("threshold", {"threshold": 0.5}),
+        ("none", {}),
+    ],
+)
+def test_acceptance_does_not_fall_with_the_reward(rule, options):
+    levels = torch.randint(5, (10_000, 4), generator=seeded(6))
+    mask = accept(levels / 4, rule, **options, generator=seeded())
+    share = torch.stack([mask[levels == level].double().mean() for level in range(5)])
+    assert (share.diff() >= -0.015).all()  # four standard errors of a share
+    assert rule == "none" or share[4] > share[0] + 0.2
+
+
+def test_estimated_kl():
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]])
+    # -log of the accepted share; the row that accepts nothing is left out
+    expected = (math.log(5 / 2) + math.log(5)) / 2
+    assert estimated_kl(rewards, "threshold", threshold=0.5) == pytest.approx(expected)
+    assert math.isnan(estimated_kl(rewards, "threshold", threshold=2.0))
+    assert estimated_kl(rewards, "none") == 0
+    assert estimated_kl(rewards, "topk", top_k=3) == implied_kl(5, 3)
+    assert estimated_kl(rewards, "preference") == pytest.approx(math.log(2) - 1 / 2)
+    rewards = uniform(7, 6)
+    log_law = torch.log_softmax(rewards / 0.3, 1)  # of the accepted, against 1/6 each
+    expected = (log_law.exp() * (log_law + math.log(6))).sum(1).mean().item()
+    assert estimated_kl(rewards, "exponential", beta=0.3) == pytest.approx(expected, rel=1e-6)
+
+
+# ---------------------------------------------------------------- de-duplication
+
+
+@pytest.mark.parametrize("rule, options", [("none", {}), ("threshold", {"threshold": 0.4}), ("topk", {"top_k": 4})])
+def test_keys_keep_the_best_accepted_of_each_key(rule, options):
+    rewards = uniform(200, 8)  # no ties: these rules are deterministic
+    keys = torch.randint(4, rewards.shape, generator=seeded(7)) - (1 << 62)  # hashes may be any 64-bit number
+    plain = accept(rewards, rule, **options, generator=seeded(1))
+    kept = accept(rewards, rule, **options, keys=keys, generator=seeded(2))
+    expected = torch.zeros_like(kept)
+    for row in range(len(rewards)):
+        for key in keys[row].unique():
+            group = [i for i in range(8) if keys[row, i] == key and plain[row, i]]
+            if group:
+                expected[row, max(group, key=lambda i: rewards[row, i])] = True
+    assert torch.equal(kept, expected) and not torch.equal(kept, plain)
+
+
+def test_keys_after_a_random_rule_keep_one_of_each():
+    keys = torch.tensor([5, 5, 9, 9, 9, 2]).repeat(3_000, 1)
+    rewards = torch.zeros(3_000, 6)
+    plain = accept(rewards, "exponential", beta=1.0, reward_max=0.5, generator=seeded(8))
+    kept = accept(rewards, "exponential", beta=1.0, reward_max=0.5, keys=keys, generator=seeded(8))
+    assert not (kept & ~plain).any()  # the coins come first from the generator
+    for key in (5, 9, 2):
+        assert torch.equal((kept & (keys == key)).sum(1), (plain & (keys == key)).any(1).long())
+
+
+def test_copies_of_equal_reward_are_kept_equally_often():
+    keys = torch.tensor([3, 3, 8, 3, 8, 1]).repeat(20_000, 1)
+    kept = accept(torch.zeros(20_000, 6), "none", keys=keys, generator=seeded())
+    assert_frequency(kept, torch.tensor([1 / 3, 1 / 3, 1 / 2, 1 / 3, 1 / 2, 1.0]))
+
+
+def test_keys_of_other_rows_do_not_matter():
+    same = torch.zeros(3, 4, dtype=torch.long)
+    assert accept(torch.zeros(3, 4), "none", keys=same, generator=seeded()).sum(1).tolist() == [1, 1, 1]
+    other = torch.cat([same[:1], torch.arange(8).view(2, 4)])
+    kept = [accept(uniform(3, 4), "none", keys=keys, generator=seeded()) for keys in (same, other)]
+    assert torch.equal(kept[0][0], kept[1][0]) and kept[1][1:].all()
+
+
+# ---------------------------------------------------------------- the loss's target
+
+
+LEVELS = [(math.cos(a), math.sin(a)) for a in (0.1, 0.7, 1.2, 1.5)]  # (alpha_t, sigma_t), from clean to noise
+
+
+def test_training_target_formulas():
+    x_0, noise = (torch.randn(4, 2, 3, 5, generator=seeded(s), dtype=torch.float64) for s in (1, 2))
+    alpha, sigma = torch.tensor(LEVELS, dtype=torch.float64).T  # a level of its own for each picture
+    x_t, epsilon = training_target(x_0, noise, alpha, sigma, "epsilon")
+    again, v = training_target(x_0, noise, alpha, sigma, "v_prediction")
+    assert torch.equal(x_t, again) and torch.equal(epsilon, noise)
+    for i, (a, s) in enumerate(LEVELS):
+        torch.testing.assert_close(x_t[i], a * x_0[i] + s * noise[i])
+        torch.testing.assert_close(v[i], a * noise[i] - s * x_0[i])
+        torch.testing.assert_close(a * x_t[i] - s * v[i], x_0[i])
+        torch.testing.assert_close(s * x_t[i] + a * v[i], noise[i])
+
+
+@pytest.mark.parametrize("alpha, sigma", LEVELS)
+def test_targets_regress_on_x_t_as_for_a_gaussian(alpha, sigma):
+    mean, std, n = 0.8, 0.5, 200_000
+    x_0, noise = (torch.randn(n, 1, generator=seeded(s), dtype=torch.float64) for s in (3, 4))
+    level = torch.tensor([[alpha], [sigma]], dtype=torch.float64).expand(2, n)
+    variance = alpha**2 * std**2 + sigma**2  # of x_t
+    lines = {  # prediction type: (slope, E[target]) of E[target | x_t]
+        "epsilon": (sigma / variance, 0.0),
+        "v_prediction": (alpha * sigma * (1 - std**2) / variance, -sigma * mean),
+    }
+    for kind, (slope, centre) in lines.items():
+        x_t, target = training_target(mean + std * x_0, noise, *level, kind)
+        residual = target - centre - slope * (x_t - alpha * mean)
+        assert_mean(residual.flatten(), 0)  # the two normal equations of least squares
+        assert_mean((residual * (x_t - alpha * mean)).flatten(), 0)
+        x_t, _ = training_target(x_0, noise, *level, kind)  # data of variance 1
+        assert_mean(x_t.square().flatten(), 1)
+
+
+# ---------------------------------------------------------------- table, schedule
+
+
+def test_paired_table():
+    base = {"a": torch.tensor([1.0, 2, 3, 4]), "b": torch.zeros(4)}
+    tuned = {"a": torch.tensor([2.0, 2, 5, 5]), "b": torch.ones(4)}
+    first, second = paired_table(base, tuned)
+    # changes 1, 0, 2, 1: standard deviation sqrt(2 / 3), divided by sqrt(4)
+    expected = {"base": 2.5, "tuned": 3.5, "difference": 1.0, "se": math.sqrt(2 / 3) / 2}
+    assert first.pop("metric") == "a" and first == pytest.approx(expected)
+    assert second == {"metric": "b", "base": 0.0, "tuned": 1.0, "difference": 1.0, "se": 0.0}
+    assert all(type(value) is float for value in first.values())  # goes into a JSON file
+
+
+def test_schedule_uses_every_prompt_before_any_again():
+    def schedule(count, **changes):
+        return schedule_prompts(count, SimpleNamespace(**{"seed": 0, "rounds": 6, "prompts_per_round": 5} | changes))
+
+    rounds = schedule(15)
+    first, second = list(chain(*rounds[:3])), list(chain(*rounds[3:]))
+    assert [len(part) for part in rounds] == [5] * 6
+    assert sorted(first) == sorted(second) == list(range(15))
+    assert first != second  # another order the second time
+    assert rounds == schedule(15) and rounds != schedule(15, seed=1)
+    assert rounds[:2] == schedule(15, rounds=2)  # a longer run begins like a shorter one
+    assert len({tuple(sorted(part)) for part in rounds}) == 6
+    uneven = schedule(7)  # a list ends inside a round
+    assert [len(part) for part in uneven] == [5] * 6
+    assert set(chain(*uneven[:2])) == set(range(7))
+    assert [sorted(part) for part in schedule(3, rounds=2)] == [[0, 1, 2]] * 2  # fewer prompts than a round takes

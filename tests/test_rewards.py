@@ -1,0 +1,217 @@
+"""The built-in rewards, the --reward language and the statistics reported beside every reward."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import InputError
+from rewards import REWARDS, Reward, average_hash, diversity, image_statistics
+from shapes.render import paint
+
+PROMPT = "a red circle left of a blue square"
+RIGHT = paint([("red", "circle", 8.0, 16.0, 5.4), ("blue", "square", 24.0, 16.0, 5.4)], 128)
+MISPLACED = paint([("red", "circle", 24.0, 16.0, 5.4), ("blue", "square", 8.0, 16.0, 5.4)], 128)
+GREY = Image.new("RGB", (32, 32), (128, 128, 128))
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+PICTURES = [RIGHT, MISPLACED, GREY, NOISE]
+PROMPTS = [PROMPT] * 4
+
+
+def user_file(folder, body, name="mine.py"):
+    """A reward file whose function `score` has the given body; the spec of that function."""
+    (folder / name).write_text(f"import numpy as np\nimport torch\n\ndef score(images, prompts):\n    {body}\n")
+    return f"{folder / name}:score"
+
+
+# ---------------------------------------------------------------- built-in rewards
+
+
+def test_every_reward_is_a_float_tensor():
+    assert len(REWARDS) == 5
+    for name, reward in REWARDS.items():
+        values = reward(PICTURES, PROMPTS)
+        assert values.shape == (4,) and values.dtype == torch.float32 and values.isfinite().all(), name
+        assert torch.equal(values.flip(0), reward(PICTURES[::-1], PROMPTS))  # each picture on its own
+
+
+def test_shapes_rewards():
+    assert REWARDS["shapes_strict"](PICTURES, PROMPTS).tolist() == [1, 0, 0, 0]
+    graded = REWARDS["shapes_graded"](PICTURES, PROMPTS)
+    assert graded[:3].tolist() == pytest.approx([1, 5 / 6, 0]) and 0 <= graded[3] < 5 / 6
+    fit = REWARDS["shapes_fit"](PICTURES, PROMPTS)
+    assert fit[0] > 0.95 and fit[1] > 0.95 and fit[2] == 0 and 0 <= fit[3] < 0.9
+    swapped = ["a blue square left of a red circle"] * 4  # every picture is judged by its own prompt
+    assert REWARDS["shapes_strict"](PICTURES, [PROMPT, *swapped[1:]]).tolist() == [1, 1, 0, 0]
+    assert torch.equal(REWARDS["shapes_fit"](PICTURES, swapped), fit)  # but this one by none
+
+
+def test_jpeg_rewards():
+    less, more = (REWARDS[f"jpeg_{name}"](PICTURES, PROMPTS) for name in ("compressibility", "incompressibility"))
+    assert torch.equal(less, -more) and (more > 0).all()
+    assert less[2] > less[0] > less[3]  # blank, two objects, noise
+    assert 0.3 < more[2] < 1 < more[3] < 4  # kB, not bytes
+
+
+# ---------------------------------------------------------------- the language of --reward
+
+
+@pytest.mark.parametrize(
+    "spec, weights",
+    [
+        ("shapes_graded", {"shapes_graded": 1}),
+        ("0.7*shapes_graded+0.3*jpeg_compressibility", {"shapes_graded": 0.7, "jpeg_compressibility": 0.3}),
+        ("  0.7*shapes_graded  +  shapes_fit ", {"shapes_graded": 0.7, "shapes_fit": 1}),
+        ("shapes_strict+-0.5*shapes_fit", {"shapes_strict": 1, "shapes_fit": -0.5}),
+        ("-2*jpeg_compressibility", {"jpeg_compressibility": -2}),
+        ("1e-2*shapes_fit+0.5*shapes_fit", {"shapes_fit": 0.51}),
+    ],
+)
+def test_weighted_sum(spec, weights):
+    reward = Reward(spec)
+    assert reward.spec == spec
+    by_hand = sum(weight * REWARDS[name](PICTURES, PROMPTS) for name, weight in weights.items())
+    values = reward(PICTURES, PROMPTS)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, by_hand)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return [len(p) + i.width for i, p in zip(images, prompts)]",
+        "return np.array([len(p) + i.width for i, p in zip(images, prompts)])",
+        "return torch.tensor([float(len(p) + i.width) for i, p in zip(images, prompts)], requires_grad=True)",
+    ],
+)
+def test_user_function(tmp_path, body):
+    spec = user_file(tmp_path, body)
+    images, prompts = [GREY, GREY.resize((8, 8))], ["ab", "abcd"]
+    assert Reward(spec)(images, prompts).tolist() == [34, 12]
+    mixed = Reward(f"0.5*{spec}+jpeg_incompressibility")(images, prompts)
+    assert not mixed.requires_grad
+    torch.testing.assert_close(mixed, torch.tensor([17.0, 6.0]) + REWARDS["jpeg_incompressibility"](images, prompts))
+
+
+def test_two_user_files_of_one_name(tmp_path):
+    specs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        specs.append(user_file(tmp_path / name, f"return [{len(specs) + 1}.0] * len(images)"))
+    assert Reward("+10*".join(specs))([GREY], [""]).tolist() == [21]
+
+
+@pytest.mark.parametrize(
+    "spec, culprit",
+    [
+        ("aesthetic", "'aesthetic'"),
+        ("", "''"),
+        ("shapes_fit+", "''"),
+        ("shapes_fit+sharpness", "'sharpness'"),
+        ("much*shapes_fit", "'much*shapes_fit'"),
+        ("nan*shapes_fit", "'nan*shapes_fit'"),
+        ("*shapes_fit", "shapes_fit"),
+        ("absent/file.py:score", "no file absent/file.py"),
+    ],
+)
+def test_bad_specs(spec, culprit):
+    for flag in ("--reward", "--eval_rewards"):
+        with pytest.raises(InputError) as error:
+            Reward(spec, flag)
+        assert str(error.value).startswith(f"{flag} {spec}:") and culprit in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, culprit",
+    [
+        ("def other(images, prompts):\n    return [0]\n", "no function 'score'"),
+        ("score = 3\n", "no function 'score'"),
+        ("def score(:\n", "SyntaxError"),
+        ("import absent_module\n", "absent_module"),
+        ("raise RuntimeError('no weights')\n", "no weights"),
+    ],
+)
+def test_bad_user_files(tmp_path, text, culprit):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(InputError) as error:
+        Reward(f"{file}:score", "--eval_rewards")
+    assert str(error.value).startswith(f"--eval_rewards {file}:score:") and culprit in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "body, culprit",
+    [
+        ("return [1.0]", "(1,)"),
+        ("return 1.0", "()"),
+        ("return np.zeros((len(images), 1))", "(2, 1)"),
+        ("return [0.0, float('nan')]", "nan"),
+        ("return [0.0, float('inf')]", "inf"),
+        ("return torch.tensor([0.0, -float('inf')])", "-inf"),
+    ],
+)
+def test_bad_results(tmp_path, body, culprit):
+    spec = user_file(tmp_path, body)
+    with pytest.raises(InputError) as error:
+        Reward(f"shapes_fit+2*{spec}")([RIGHT, RIGHT], [PROMPT, PROMPT.replace("red", "green")])
+    message = str(error.value)
+    assert spec in message and culprit in message
+    # the prompt of the bad picture, or the first where there is none such
+    assert (PROMPT.replace("red", "green") if "inf" in culprit or "nan" in culprit else PROMPT) in message
+
+
+def test_check_prompts(tmp_path):
+    good, bad = [PROMPT, PROMPT.replace("left of", "above")], "a cat on a mat"
+    for spec in ("shapes_strict", "jpeg_compressibility+0.1*shapes_fit"):
+        Reward(spec).check_prompts(good, "--prompts")
+        with pytest.raises(InputError, match=f"^--eval_prompts: '{bad}'"):
+            Reward(spec).check_prompts([*good, bad], "--eval_prompts")
+    others = f"jpeg_compressibility+{user_file(tmp_path, 'return [0.0] * len(images)')}"
+    Reward(others).check_prompts([bad], "--prompts")  # for these any prompt will do
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_image_statistics():
+    half = np.zeros((16, 16, 3), np.uint8)
+    half[:, 8:] = 255
+    pictures = {
+        "black": (Image.new("RGB", (16, 16)), 0, 0, 0),
+        "white": (Image.new("RGB", (16, 16), "white"), 1, 0, 0),
+        "red": (Image.new("RGB", (16, 16), (255, 0, 0)), 0.299, 0, 1),  # luma of ITU-R 601
+        "half": (Image.fromarray(half), 0.5, 0.5, 0),
+        "pale": (Image.new("RGB", (16, 16), (255, 128, 128)), 0.651, 0, 0.498),
+        "grey mode": (Image.new("L", (16, 16), 51), 0.2, 0, 0),
+    }
+    images = [image for image, *_ in pictures.values()]
+    statistics = image_statistics(images)
+    for column, name in enumerate(("brightness", "contrast", "saturation"), 1):
+        assert statistics[name].dtype == torch.float32
+        expected = [values[column] for values in pictures.values()]
+        assert statistics.pop(name).tolist() == pytest.approx(expected, abs=0.003)
+    assert torch.equal(statistics.pop("jpeg_kb"), REWARDS["jpeg_incompressibility"](images, [""] * len(images)))
+    assert not statistics
+
+
+@pytest.mark.parametrize("size", [(8, 8), (64, 64), (200, 100)])
+def test_diversity(size):
+    black, white = Image.new("RGB", size), Image.new("RGB", size, "white")
+    red = Image.new("RGB", size, (255, 0, 0))
+    assert diversity([black]) == 0 and diversity([RIGHT] * 3) == 0
+    assert diversity([black, white]) == pytest.approx(1)
+    assert diversity([black, red]) == pytest.approx((1 / 3) ** 0.5)  # one channel of three
+    assert diversity([black, black, white]) == pytest.approx(2 / 3)  # pairs 0, 1, 1
+
+
+def test_average_hash():
+    keys = average_hash([RIGHT, RIGHT.copy(), RIGHT.resize((64, 64))])
+    assert keys.shape == (3,) and keys.dtype == torch.int64
+    assert keys[0] == keys[1] == keys[2]
+    above = paint([("red", "circle", 16.0, 8.0, 5.4), ("blue", "square", 16.0, 24.0, 5.4)], 128)
+    assert len(set(average_hash([RIGHT, NOISE, above]).tolist())) == 3
+    cells = np.zeros((8, 8), np.uint8)
+    cells[0, 3] = cells[7, 7] = 200  # bits 3 and 63
+    both, last = average_hash([Image.fromarray(cells), Image.fromarray(cells * (np.arange(8) == 7))]).tolist()
+    assert (both & (2**64 - 1), last & (2**64 - 1)) == (2**3 + 2**63, 2**63)
+    assert average_hash([Image.fromarray(cells // 2)]).tolist() == [both]  # brightness does not matter

@@ -1,0 +1,365 @@
+"""Whole runs of graft.py on a tiny pipeline: what they write; a killed one continues as if nothing had happened."""
+
+import csv
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_same_pictures, environment, run_inside, run_script
+from PIL import Image
+from safetensors.torch import load_file
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ALL = ["--lora_targets", "all", "--save_accepted"]
+
+
+def read_metrics(folder):
+    return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+
+
+def read_scalars(folder):
+    """{tag: [(step, value)]} of the tensorboard events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+# ---------------------------------------------------------------- one run, in a process of its own
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_arguments, tmp_path_factory):
+    """(folder, stdout) of a finished run."""
+    cwd = tmp_path_factory.mktemp("finished")
+    done = run_script([*tiny_arguments, *ALL, "--output", "run"], cwd)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in cwd.iterdir()] == ["run"]
+    return cwd / "run", done.stdout
+
+
+def test_run_prints_settings_rounds_and_table(finished):
+    _, out = finished
+    settings = ("model", "LoRA", "sampling", "acceptance", "update", "evaluation")
+    assert all(re.search(rf"^  {word} ", out, re.M) for word in settings)
+    assert len(re.findall(r"^  round \d/2 .*s left$", out, re.M)) == 2
+    for metric in ("jpeg_compressibility", "shapes_graded", "brightness", "contrast", "saturation", "diversity"):
+        assert re.search(rf"^{metric} +-?\d.* [+-]\d", out, re.M), metric
+
+
+def test_run_folder(finished, tiny_v):
+    folder, _ = finished
+    files = {"args.json", "metrics.csv", "results.json", "curves.png", "grid.png", "checkpoint.pt", LORA_FILE}
+    assert {p.name for p in folder.iterdir()} == files | {"tensorboard", "accepted"}
+    assert json.loads((folder / "args.json").read_text())["model"] == tiny_v
+    rows = read_metrics(folder)
+    assert [r["round"] for r in rows] == ["1", "2"] and [r["acceptance_rate"] for r in rows] == ["0.25", "0.25"]
+    assert all(float(r["reward_accepted"]) > float(r["reward_sampled"]) for r in rows)
+    for tag, points in read_scalars(folder).items():
+        assert [step for step, _ in points] == [1, 2]
+        assert [value for _, value in points] == pytest.approx([float(r[tag]) for r in rows], rel=1e-5, nan_ok=True)
+    table = json.loads((folder / "results.json").read_text())["table"]
+    for row in table:
+        assert row["difference"] == pytest.approx(row["tuned"] - row["base"], abs=1e-5)
+    assert any(row["difference"] for row in table)
+    for name in ("curves.png", "grid.png"):
+        assert np.asarray(Image.open(folder / name)).std() > 0
+
+
+def test_printed_snippet_makes_the_evaluated_picture(finished, tiny_v, prompt_files, tmp_path):
+    import graft
+    from common import Model, derived_seed
+
+    folder, out = finished
+    snippet = out[out.index("import torch; from diffusers") :]
+    assert len(snippet.strip().splitlines()) == 5
+    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=environment(), check=True, timeout=300)
+    picture = Image.open(tmp_path / "tuned.png")
+
+    model = Model(tiny_v, "cpu", torch.float32)
+    noise = graft.draw_noise([derived_seed("eval", 0, 0)], 4, model.latent_shape, model.dtype)
+    text = model.encode(Path(prompt_files.held_out).read_text().splitlines()[:1])
+    base = model.decode(graft.sample(model, noise, text, 1.0, 1.0))[0]
+    model.add_lora(4, 16.0, "all", 0)
+    trained = torch.load(folder / "checkpoint.pt", weights_only=True)["lora"]
+    assert set(trained) == set(model.lora())
+    for name, parameter in model.lora().items():
+        parameter.data.copy_(trained[name])
+    with model.lora_merged():
+        tuned = model.decode(graft.sample(model, noise, text, 1.0, 1.0))[0]
+    assert_same_pictures([picture], [tuned])
+    assert np.abs(np.asarray(picture, float) - np.asarray(base, float)).mean() > 1
+
+
+def test_accepted_pictures(finished, prompt_files):
+    folder, _ = finished
+    lines = [json.loads(line) for line in (folder / "accepted" / "metadata.jsonl").read_text().splitlines()]
+    pictures = sorted(p.name for p in (folder / "accepted").glob("*.png"))
+    assert sorted(line["file_name"] for line in lines) == pictures and len(pictures) == 2 * 3
+    from rewards import jpeg_compressibility
+
+    prompts = Path(prompt_files.train).read_text().splitlines()
+    for line in lines:
+        assert line["text"] in prompts
+        image = Image.open(folder / "accepted" / line["file_name"])
+        assert line["reward"] == pytest.approx(jpeg_compressibility([image], [""]).item(), abs=2e-3)
+
+
+# ---------------------------------------------------------------- killed and resumed
+
+forkserver = multiprocessing.get_context("forkserver")  # imports torch and the script once for all killed runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preload():
+    before = os.environ.get("PYTHONPATH")
+    # Python 3.11 preloads without sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    forkserver.set_forkserver_preload(["graft", "conftest", "diffusers", "peft"])
+    yield
+    os.environ.pop("PYTHONPATH")
+    if before:
+        os.environ["PYTHONPATH"] = before
+
+
+def run_until(argv, cwd, killer):
+    """In a new process: run the script; kill -9 it before the n-th call of killer = (module, name, n)."""
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    if killer:
+        module, name, n = killer
+        owner = importlib.import_module(module)
+        original, calls = getattr(owner, name), []
+
+        def kill_at_call(*args, **options):
+            calls.append(1)
+            if len(calls) == n:
+                if name == "fsync":  # half of the file is written
+                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **options)
+
+        setattr(owner, name, kill_at_call)
+    code, out, error = run_inside(argv)
+    Path("output.txt").write_text(out + error)
+    sys.exit(code)
+
+
+def exit_code(argv, cwd, killer=None):
+    process = forkserver.Process(target=run_until, args=(argv, str(cwd), killer))
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_arguments, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("uninterrupted")
+    assert exit_code([*tiny_arguments, *ALL, "--output", "run"], cwd) == 0, (cwd / "output.txt").read_text()
+    return cwd / "run"
+
+
+def assert_same_run(folder, other):
+    weights, expected = load_file(folder / LORA_FILE), load_file(other / LORA_FILE)
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n]) for n in expected)
+    for name in ("metrics.csv", "accepted/metadata.jsonl"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    pictures = [p.relative_to(other) for p in (other / "accepted").glob("*.png")]
+    for name in ("grid.png", "curves.png", *pictures):
+        assert np.array_equal(Image.open(folder / name), Image.open(other / name)), name
+    table, expected_table = (json.loads((f / "results.json").read_text())["table"] for f in (folder, other))
+    assert table == expected_table
+    scalars, expected_scalars = read_scalars(folder), read_scalars(other)
+    for tag, points in expected_scalars.items():
+        assert np.array_equal(scalars[tag], points, equal_nan=True), tag
+
+
+def test_same_arguments_same_run(finished, uninterrupted):
+    assert_same_run(finished[0], uninterrupted)
+
+
+KILLERS = [
+    [("common", "save_checkpoint", 1)],  # sampled, nothing saved
+    [("torch.nn.utils", "clip_grad_norm_", 1)],  # first checkpoint written, no update made
+    [("torch.nn.utils", "clip_grad_norm_", 2)],  # between two updates
+    [("os", "fsync", 2)],  # in the middle of writing the first checkpoint
+    [("os", "replace", 2)],  # before the first checkpoint gets its name
+    [("common", "write_csv", 1)],
+    [("common", "save_checkpoint", 2)],  # round 1 ended, not saved
+    [("rewards", "jpeg_kilobytes", 45)],  # round 1 saved, round 2 sampling
+    [("common", "save_checkpoint", 3)],
+    [("torch.nn.utils", "clip_grad_norm_", 4)],  # last update
+    [("common", "write_csv", 2)],
+    [("common", "save_checkpoint", 4)],  # everything made, round 2 not saved
+    [("rewards", "jpeg_kilobytes", 9), ("torch.nn.utils", "clip_grad_norm_", 1), ("common", "save_checkpoint", 1)],
+]
+
+
+@pytest.mark.parametrize("killers", KILLERS, ids=lambda k: "+".join(f"{name}{n}" for _, name, n in k))
+def test_killed_and_resumed(tiny_arguments, uninterrupted, tmp_path, killers):
+    argv = [*tiny_arguments, *ALL, "--output", "run"]
+    for killer in killers:
+        assert exit_code(argv, tmp_path, killer) == -signal.SIGKILL
+        argv = ["--resume", "run"]
+    assert exit_code(argv, tmp_path) == 0, (tmp_path / "output.txt").read_text()
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("n", range(1, 5))
+def test_every_file_is_replaced_not_overwritten(tiny_arguments, tmp_path, n):
+    """Killed in the middle of the n-th write, a run keeps every older file whole."""
+
+    def files():
+        load_file(tmp_path / "run" / LORA_FILE)  # its bytes may differ, the metadata is in no fixed order
+        return {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file() and p.name != LORA_FILE}
+
+    killer = ("common", "save_checkpoint", 4)
+    assert exit_code([*tiny_arguments, "--output", "run"], tmp_path, killer) == -signal.SIGKILL
+    before = files()
+    assert exit_code(["--resume", "run"], tmp_path, ("os", "fsync", n)) == -signal.SIGKILL
+    after = files()
+    assert before == {name: after[name] for name in before}
+    assert [name for name in after if name not in before and name.endswith(".part")]
+
+
+def test_resume_of_a_finished_run(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    assert exit_code(["--resume", "run"], tmp_path) == 0
+    assert_same_run(tmp_path / "run", uninterrupted)
+    assert "import torch; from diffusers" in (tmp_path / "output.txt").read_text()
+
+
+# ---------------------------------------------------------------- stopped from outside
+
+
+def start(argv, cwd):
+    command = [sys.executable, str(ROOT / "graft.py"), *argv]
+    # a background shell may have told its children to ignore Ctrl-C
+    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment(), preexec_fn=restore, **pipes)
+
+
+def wait_for(path, process):
+    for _ in range(1200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never came")
+
+
+def test_interrupt_says_how_to_resume(tiny_arguments, tmp_path, monkeypatch):
+    process = start([*tiny_arguments, "--updates", "100000", "--output", "run"], tmp_path)
+    wait_for(tmp_path / "run" / "checkpoint.pt", process)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error
+    assert "--resume run" in error.strip().splitlines()[-1]
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run_inside(["--resume", "run", "--lr", "0.5"])
+    assert code == 2 and error.startswith("error: --lr 0.5") and error.count("\n") == 1
+
+
+def test_kill_from_outside(tiny_arguments, uninterrupted, tmp_path):
+    process = start([*tiny_arguments, *ALL, "--output", "run"], tmp_path)
+    wait_for(tmp_path / "run" / "checkpoint.pt", process)
+    process.kill()
+    process.wait()
+    done = run_script(["--resume", "run"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+# ---------------------------------------------------------------- rules and flags
+
+
+def rows_of(argv, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    run = folder / f"run{len(list(folder.iterdir()))}"
+    code, _, error = run_inside([*argv, "--output", str(run)])
+    assert code == 0, error
+    return read_metrics(run)
+
+
+RULES = {  # arguments -> least and greatest share accepted
+    "--rule topk --top_k 3 --gradient_checkpointing": (0.75, 0.75),
+    "--rule preference --dtype bfloat16 --guidance 3": (0.5, 0.5),
+    "--rule exponential --beta 0.05 --eta 0": (0.25, 0.99),
+    "--rule threshold --threshold -0.001": None,
+    "--rule threshold --threshold -1e9 --eval_every 0": (1, 1),
+    "--rule none --dedup --sample_batch 5": (0.25, 1),
+}
+
+
+@pytest.mark.parametrize("flags", RULES)
+def test_rules(tiny_arguments, tmp_path, monkeypatch, flags):
+    argv = [*tiny_arguments, *flags.split(), "--rounds", "1"]
+    if RULES[flags]:
+        (row,) = rows_of(argv, tmp_path, monkeypatch)
+        assert RULES[flags][0] <= float(row["acceptance_rate"]) <= RULES[flags][1]
+    else:
+        monkeypatch.chdir(tmp_path)
+        code, _, error = run_inside(argv)
+        assert code == 2 and "accepted nothing" in error
+
+
+def test_flags_change_what_they_say(tiny_arguments, tmp_path, monkeypatch):
+    def rows(flags):
+        return rows_of([*tiny_arguments, *flags.split()], tmp_path, monkeypatch)
+
+    plain, base = rows(""), rows("--reference base --no-accumulate")
+    assert [r["pictures_trained_on"] for r in plain] == ["3", "6"]
+    assert [r["pictures_trained_on"] for r in base] == ["3", "3"]
+    again = rows("--reference base --lr 0.5 --prompt_dropout 0.9")
+    assert [r["reward_sampled"] for r in again] == [r["reward_sampled"] for r in base]
+    assert plain[0]["reward_sampled"] == base[0]["reward_sampled"]
+    assert plain[1]["reward_sampled"] != base[1]["reward_sampled"]
+    assert again[0]["loss"] != base[0]["loss"]
+    guided, conditional = rows("--guidance 3"), rows("--guidance 3 --no-guided_loss")
+    assert guided[0]["reward_sampled"] == conditional[0]["reward_sampled"] != plain[0]["reward_sampled"]
+    assert guided[0]["loss"] != conditional[0]["loss"]
+    assert rows("--seed 1")[0]["reward_sampled"] != plain[0]["reward_sampled"]
+    assert float(rows("--micro_batch 4")[1]["loss"]) == pytest.approx(float(plain[1]["loss"]), rel=1e-3)
+
+
+def test_flat_groups(tiny_arguments, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def flat(images, prompts):\n    return [1.0] * len(images)\n")
+    argv = [*tiny_arguments, "--reward", f"0.5*{tmp_path / 'mine.py'}:flat", "--rounds", "1"]
+    (row,) = rows_of([*argv, "--accept_flat"], tmp_path, monkeypatch)
+    assert (row["flat_groups"], row["acceptance_rate"], row["reward_sampled"]) == ("1.0", "0.25", "0.5")
+    code, _, error = run_inside(argv)
+    assert code == 2 and "accepted nothing" in error and "100%" in error
+
+
+def test_without_held_out_prompts_every_tenth_is_held_out(tiny_arguments, tmp_path, monkeypatch):
+    from shapes.render import all_scenes, prompt_of
+
+    (tmp_path / "prompts.txt").write_text("\n".join(prompt_of(*s) for s in all_scenes()[:20]))
+    monkeypatch.chdir(tmp_path)
+    argv = [
+        *tiny_arguments,
+        "--prompts",
+        "prompts.txt",
+        "--eval_prompts",
+        "",
+        "--rounds",
+        "1",
+        "--prompts_per_round",
+        "99",
+    ]
+    code, out, error = run_inside(argv)
+    assert code == 0, error
+    assert "2 held-out prompts" in out and "1 rounds x 18 prompts" in out
