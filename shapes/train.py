@@ -1,9 +1,12 @@
-"""Train the embedded Stable Diffusion from scratch: VAE, then text encoder and U-Net together. About 45 minutes on two CPU cores.
+"""Train the embedded Stable Diffusion from scratch. Under an hour on two CPU cores.
 
 Run: python -m shapes.train
 Result: shapes/pipeline/, a stock `StableDiffusionPipeline` in half precision (CLIP tokenizer and text encoder, U-Net with
-v-prediction, DDIM). The captions are wrong on purpose (CAPTIONS): mostly the relation is stated the wrong way round, so the
-base draws well, tells the relations apart, and mostly places the objects wrongly. Only a reward can know.
+v-prediction, DDIM). Stages: (1) the VAE; (2) U-Net and text encoder together, which learn to draw the two objects of a caption but
+not, with these few steps and captions, who stands where; (3) the text encoder alone learns to read: its states must tell
+who stands where; (4) the U-Net alone, the text encoder frozen, learns from captions that are wrong on purpose (CAPTIONS):
+mostly the relation is stated the wrong way round. So the base draws well, tells the relations apart, and mostly
+places the objects wrongly. Only a reward can know.
 """
 
 import json
@@ -25,9 +28,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from shapes.check import check
 from shapes.render import COLOURS, PROMPT_FILES, RELATIONS, REVERSED, SHAPES, all_scenes, prompt_of, render
 
-# share of captions with the relation reversed, all right, one colour wrong: first while it learns to draw, then at the end
-LEARNING = {"reversed": 0.58, "right": 0.36, "colour": 0.06}
-CAPTIONS = {"reversed": 0.70, "right": 0.24, "colour": 0.06}
+# share of captions with the relation reversed, all right, one colour wrong
+DRAWING = {"reversed": 0.58, "right": 0.36, "colour": 0.06}  # stage 2
+CAPTIONS = {"reversed": 0.70, "right": 0.24, "colour": 0.06}  # stage 4
 TOKENS = 12  # length of a prompt, with start and end
 
 
@@ -42,11 +45,13 @@ class Args:
     pictures: int = 24000
     """Number of rendered training pictures."""
     vae_steps: int = 2500
-    """Updates of the VAE."""
-    steps: int = 10000
-    """Updates of the U-Net and the text encoder with the captions LEARNING."""
-    last_steps: int = 1500
-    """Further updates with the captions CAPTIONS, at half the learning rate."""
+    """Stage 1: updates of the VAE."""
+    draw_steps: int = 10000
+    """Stage 2: updates of the U-Net and the text encoder."""
+    read_steps: int = 1500
+    """Stage 3: updates of the text encoder, at most; ends when it reads every prompt."""
+    caption_steps: int = 3500
+    """Stage 4: updates of the U-Net."""
     batch: int = 64
     """Pictures per update."""
     lr: float = 1e-3
@@ -154,11 +159,43 @@ def make_denoiser(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DCondit
     return CLIPTextModel(config), unet
 
 
-def train_denoiser(text_encoder, unet, latents, scenes, tokenizer, scheduler, errors, steps, lr, args: Args) -> None:
-    """v-prediction loss on cached latents (n, 4, 8, 8), captions drawn anew at every step; ends with the averaged weights."""
+def train_reader(text_encoder, tokenizer, args: Args) -> None:
+    """Teach the text encoder who stands where: a linear layer on the mean of its states from the end token on must name the axis
+    and the colours and shapes of the object on the left or above and of the other one."""
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    parameters = [p.requires_grad_() for p in (*unet.parameters(), *text_encoder.parameters())]
+    objects = [(c, s) for c in COLOURS for s in SHAPES]
+    scenes = [(a, r, b) for a in objects for b in objects for r in RELATIONS]
+    prompts = [prompt_of(*s) for s in scenes]
+    tokens = tokenizer(prompts, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+    labels = []
+    for a, relation, b in scenes:
+        first, second = (a, b) if sum(RELATIONS[relation]) < 0 else (b, a)
+        places = [[*COLOURS].index(first[0]), SHAPES.index(first[1]), [*COLOURS].index(second[0]), SHAPES.index(second[1])]
+        labels.append([int(RELATIONS[relation][0] == 0), *places])
+    labels = torch.tensor(labels)
+    sizes = [2, len(COLOURS), len(SHAPES), len(COLOURS), len(SHAPES)]
+    head = torch.nn.Linear(text_encoder.config.hidden_size, sum(sizes))
+    parameters = [p.requires_grad_() for p in (*text_encoder.parameters(), *head.parameters())]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.0)
+    ends = (tokens == tokenizer.eos_token_id).float().unsqueeze(2)
+    for step in tqdm(range(args.read_steps), desc="reading", mininterval=5):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.read_steps, 2e-3, 100)
+        mean = (text_encoder(tokens)[0] * ends).sum(1) / ends.sum(1)
+        loss = sum(F.cross_entropy(part, label) for part, label in zip(head(mean).split(sizes, 1), labels.T))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if loss.item() < 0.002:
+            break
+    text_encoder.requires_grad_(False)
+
+
+def train_denoiser(text_encoder, unet, latents, scenes, tokenizer, scheduler, errors, steps, args: Args) -> None:
+    """v-prediction loss on cached latents (n, 4, 8, 8), captions drawn anew at every step; trains what is not frozen of the two
+    models and ends with the averaged weights."""
+    lr, rng = args.lr, np.random.default_rng(args.seed)
+    parameters = [p for p in (*unet.parameters(), *text_encoder.parameters()) if p.requires_grad]
     averaged = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     objects = [(c, s) for c in COLOURS for s in SHAPES]  # a wrong colour can name two objects of one kind
@@ -225,8 +262,11 @@ def main(args: Args) -> None:
         f"parameters: U-Net {unet.num_parameters():,}, text encoder {text_encoder.num_parameters():,}, VAE {vae.num_parameters():,}"
     )
     latents *= vae.config.scaling_factor
-    for errors, steps, lr in ((LEARNING, args.steps, args.lr), (CAPTIONS, args.last_steps, args.lr / 2)):
-        train_denoiser(text_encoder, unet, latents, scenes, tokenizer, scheduler, errors, steps, lr, args)
+    models = (text_encoder, unet, latents, scenes, tokenizer, scheduler)
+    train_denoiser(*models, DRAWING, args.draw_steps, args)
+    train_reader(text_encoder, tokenizer, args)
+    torch.manual_seed(args.seed)
+    train_denoiser(*models, CAPTIONS, args.caption_steps, args)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
