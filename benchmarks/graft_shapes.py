@@ -22,18 +22,21 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "graft"
 VALID = ["--prompts", "benchmarks/prompts_tune.txt", "--eval_prompts", "benchmarks/prompts_valid.txt"]
+GUIDED = ["--guidance", "3", "--rounds", "4", "--prompts_per_round", "80", "--updates", "40", "--eval_samples", "2"]
 ARMS = {
     "graft": [],
     "none": ["--rule", "none"],
     "preference": ["--rule", "preference"],
     "threshold": ["--rule", "threshold", "--threshold", "1"],
-    "rounds5": ["--rounds", "5"],
     "valid_rounds5": [*VALID, "--rounds", "5"],
     "valid_rounds5_newest": [*VALID, "--rounds", "5", "--no-accumulate"],
     "valid_both": [*VALID, "--reward", "shapes_strict+shapes_graded"],
     "valid_lr5e-4": [*VALID, "--lr", "5e-4"],
     "valid_updates120": [*VALID, "--updates", "120"],
     "valid_attention": [*VALID, "--lora_targets", "attention"],
+    "valid_guidance3_guided": [*VALID, *GUIDED],
+    "valid_guidance3_conditional": [*VALID, *GUIDED, "--no-guided_loss"],
+    "valid_guidance3_dropout": [*VALID, *GUIDED, "--no-guided_loss", "--prompt_dropout", "0.1"],
     "jpeg": ["--reward", "jpeg_compressibility"],
     "jpeg_none": ["--reward", "jpeg_compressibility", "--rule", "none"],
 }

@@ -211,7 +211,8 @@ def test_a_blob_of_no_colour_is_an_extra_object(blob):
             assert not result.strict and result.graded < 1
 
 
-def test_half_overpainted_object_has_no_colour():
+@pytest.mark.parametrize("edge", [6.5, 8.0])  # about a third, and a half
+def test_partly_overpainted_object_has_no_colour(edge):
     for colour in COLOURS:
         for shape in SHAPES:
             one, two = (colour, shape, 8.0, 16.0, 5.4), SECOND if colour != "blue" else ("red", *SECOND[1:])
@@ -219,11 +220,22 @@ def test_half_overpainted_object_has_no_colour():
             for background in (70, 150, 230):
                 image = paint([one, two], background)
                 assert check(image, prompt).strict
-                left = (abs(np.asarray(image, int) - background).max(-1) > 20) & (np.arange(32) < 8)
+                left = (abs(np.asarray(image, int) - background).max(-1) > 20) & (np.arange(32) < edge)
                 for over in COLOURS:
                     if over != colour:
                         result = check(edited(image, left, COLOURS[over]), prompt)
                         assert not result.strict and result.graded < 1
+
+
+@pytest.mark.parametrize(
+    "nearest, colour",  # purple, orange, black, cyan
+    [("blue", (150, 40, 200)), ("yellow", (240, 130, 30)), ("green", (0, 0, 0)), ("green", (40, 210, 200))],
+)
+def test_other_colours_have_no_name(nearest, colour):
+    image = paint([(nearest, *FIRST[1:]), SECOND], 128)
+    mask = (abs(np.asarray(image, int) - COLOURS[nearest]).max(-1) < 5) & (np.arange(32) < 16)  # all but its edge
+    prompt = prompt_of((nearest, "circle"), "left of", SECOND[:2])
+    assert check(image, prompt).strict and not check(edited(image, mask, colour), prompt).strict
 
 
 def test_ugly_objects_have_no_shape():
