@@ -104,9 +104,7 @@ def read_prompts(file: str, flag: str) -> list[str]:
         except csv.Error as error:
             raise InputError(f"{flag} {file}: is no proper CSV file ({error})") from None
         if rows and "prompt" not in rows[0]:
-            raise InputError(
-                f"{flag} {file}: no column `prompt` in the first line; there are {', '.join(map(str, rows[0]))}"
-            )
+            raise InputError(f"{flag} {file}: no column `prompt` in the first line; there are {', '.join(map(str, rows[0]))}")
         prompts = [row["prompt"] or "" for row in rows]
     elif path.suffix == ".jsonl":
         prompts = []
@@ -379,16 +377,15 @@ def save_grid(path: Path, base: list, tuned: list, prompts: list[str], per_promp
     _save_figure(figure, path)
 
 
-def save_curves(path: Path, rows: list[dict], losses: list[float], reward: str, base: float) -> None:
+def save_curves(path: Path, rows: list[dict], losses: list[float], base: float, reward: str) -> None:
     """Reward by round of the accepted, the sampled and the held-out pictures (round 0: the base's); loss by update."""
-    figure = Figure(figsize=(9, 3))
+    figure = Figure(figsize=(9, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name in ("accepted", "sampled"):
         left.plot([r["round"] for r in rows], [r[f"reward_{name}"] for r in rows], "o-", label=name)
-    held_out = [(0, base)] + [
-        (r["round"], r["reward_held_out"]) for r in rows if r["reward_held_out"] == r["reward_held_out"]
-    ]
-    left.plot(*zip(*held_out), "s-", label="held out, after the round")
+    held_out = {0: base} | {r["round"]: r["reward_held_out"] for r in rows}
+    held_out = {k: v for k, v in held_out.items() if not np.isnan(v)}
+    left.plot(held_out.keys(), held_out.values(), "s-", label="held out, after the round")
     left.set(xlabel="round", ylabel=reward, xticks=[r["round"] for r in rows])
     left.legend()
     right.plot(losses, linewidth=0.8)

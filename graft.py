@@ -1,5 +1,5 @@
 """GRAFT (generalised rejection sampling fine-tuning): sample, score, accept by a rule, fine-tune on what was accepted.
-Paper: "Fine-Tuning Diffusion Models via Intermediate Distribution Shaping", arXiv 2510.02692, section 3.   Run: python graft.py
+Paper: "Fine-Tuning Diffusion Models via Intermediate Distribution Shaping", arXiv 2510.02692.   Run: python graft.py
 
 Notation  x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1; c the prompt; p the model that is sampled; r(x, c) the
           reward; M samples a prompt, of which a rule accepts some: sample i with probability A(x_i), non-decreasing in r.
@@ -25,18 +25,7 @@ import common
 from common import DTYPES, ROOT, InputError, Model, derived_seed
 from rewards import Reward, average_hash, diversity, image_statistics
 
-AT_LEAST_ONE = (
-    "rounds",
-    "prompts_per_round",
-    "samples",
-    "steps",
-    "guidance",
-    "sample_batch",
-    "updates",
-    "batch",
-    "micro_batch",
-)
-AT_LEAST_ONE += ("lora_rank", "lora_alpha")
+AT_LEAST_ONE = "rounds prompts_per_round samples guidance sample_batch updates batch micro_batch lora_rank".split()
 RULES = ("topk", "preference", "exponential", "threshold", "none")
 DEFAULTS = {  # settings left out on the command line: (embedded shapes model, any other model)
     "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", "jpeg_compressibility"),
@@ -74,7 +63,7 @@ class Args:
     eval_rewards: str | None = None  # rewards reported too, separated by commas (the shapes ones and JPEG; others JPEG)
 
     rounds: int = 3  # times to sample, accept and update
-    prompts_per_round: int = 160  # prompts sampled in a round, none twice until all were used
+    prompts_per_round: int = 160  # prompts sampled in a round, none twice
     samples: int = 8  # M, samples per prompt
     rule: str = "topk"  # acceptance: topk, preference, exponential, threshold or none (the control)
     top_k: int = 1  # K of the rule topk
@@ -108,7 +97,7 @@ def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None
     "exponential": each with probability exp((r - reward_max) / beta); reward_max is the reward's known upper bound, without
     one the row's maximum. "threshold": r >= threshold. "none": all. keys: integer ids, same shape; of the accepted samples of
     a row that share a key one is kept (the best; ties at random). ValueError for a rule without its parameter.
-    Source: METHOD of arXiv 2510.02692, section 3; equation (1), (2) above.
+    Source: arXiv 2510.02692, generalised rejection sampling; equations (1) and (2) above.
     """
     groups, samples = rewards.shape
     chance = torch.rand(rewards.shape, generator=generator).to(rewards.device)  # breaks ties, and is exponential's coin
@@ -172,11 +161,10 @@ def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None):
         return implied_kl(rewards.shape[1], top_k) if rule == "topk" else implied_kl(2, 1)
     if rule == "none":
         return 0.0
-    chance = (
-        (rewards >= threshold).double()
-        if rule == "threshold"
-        else ((rewards - rewards.max(1, True).values) / beta).double().exp()
-    )
+    if rule == "threshold":
+        chance = (rewards >= threshold).double()
+    else:
+        chance = ((rewards - rewards.max(1, True).values) / beta).double().exp()
     weight = (chance / chance.mean(1, keepdim=True))[chance.sum(1) > 0]
     return torch.xlogy(weight, weight).mean().item() if len(weight) else math.nan
 
@@ -205,9 +193,8 @@ def draw_noise(seeds, steps, shape, dtype):
     """(steps + 1, batch, *shape): the initial noise, then one draw a step, in the order in which the stock pipeline asks for
     them when it is given one CPU generator for each seed."""
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    return torch.stack(
-        [torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in generators]) for _ in range(steps + 1)]
-    )
+    draws = [[torch.randn(shape, generator=g, dtype=dtype) for g in generators] for _ in range(steps + 1)]
+    return torch.stack([torch.stack(step) for step in draws])
 
 
 @torch.no_grad()
@@ -298,7 +285,7 @@ def prepare(args):
     common.check_output(args.output, args.resume)
     limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"top_k": (1, args.samples), "steps": (1, 999), "eta": (0, 1)}
     limits |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
-    for name, (least, most) in (limits | {"lr": (1e-12, 1)}).items():
+    for name, (least, most) in (limits | {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6)}).items():
         if not least <= getattr(args, name) <= most:
             raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
     if args.batch % min(args.micro_batch, args.batch):
@@ -318,8 +305,8 @@ def prepare(args):
         held_out = common.read_prompts(args.eval_prompts or str(ROOT / "shapes" / "prompts_eval.txt"), "--eval_prompts")
     else:
         prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
-    if not prompts:
-        raise InputError(f"--prompts {args.prompts}: one prompt leaves none to hold out; add more or give --eval_prompts")
+    if not prompts or len(held_out) < 2:
+        raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
     others = [spec for spec in args.eval_rewards.split(",") if spec and spec != args.reward]
     rewards = [Reward(args.reward, "--reward"), *(Reward(spec, "--eval_rewards") for spec in others)]
     for reward in rewards:
@@ -329,13 +316,14 @@ def prepare(args):
 
 
 def schedule_prompts(count, args):
-    """For each round the indices of its prompts: all prompts in a random order, then again in another, and so on."""
+    """For each round the indices of its prompts: slices of a random order of all prompts, of a new one when too few are left."""
     per_round = min(args.prompts_per_round, count)
-    stream = []
-    while len(stream) < args.rounds * per_round:
-        generator = torch.Generator().manual_seed(derived_seed(args.seed, "prompts", len(stream)))
-        stream += torch.randperm(count, generator=generator).tolist()
-    return [stream[r * per_round : (r + 1) * per_round] for r in range(args.rounds)]
+    rounds = []
+    for r in range(args.rounds):
+        order, place = divmod(r, count // per_round)
+        generator = torch.Generator().manual_seed(derived_seed(args.seed, "prompts", order))
+        rounds.append(torch.randperm(count, generator=generator)[place * per_round : (place + 1) * per_round].tolist())
+    return rounds
 
 
 def describe(args, model, parameters, per_round, held_out, folder):
@@ -419,9 +407,7 @@ def main(args, folder_known):
             index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
             if len(index) == 0:
                 share = f"{flat.double().mean():.0%} of the groups had equal rewards, the best reward was {reward.max():.4g}"
-                raise InputError(
-                    f"--rule {args.rule} accepted nothing: {share}; raise --samples, or change --rule or --reward"
-                )
+                raise InputError(f"--rule {args.rule} accepted nothing: {share}; raise --samples or take another reward")
             state["accepted"].append({"latents": latents[index], "prompt": chosen[index], "reward": reward[index]})
             spread = [diversity(pictures[i : i + args.samples]) for i in range(0, len(pictures), args.samples)]
             row = {"round": r + 1, "reward_sampled": reward.mean().item(), "reward_accepted": reward[index].mean().item()}
@@ -475,35 +461,29 @@ def main(args, folder_known):
         state["round"] = r + 1
         model.save_lora(folder)
         common.write_csv(folder / "metrics.csv", state["rows"])
-        common.save_curves(
-            folder / "curves.png", state["rows"], state["losses"], args.reward, base[args.reward].mean().item()
-        )
+        common.save_curves(folder / "curves.png", state["rows"], state["losses"], base[args.reward].mean().item(), args.reward)
         for name, value in row.items():
             writer.add_scalar(name, value, r + 1)
         checkpoint()
         left = state["seconds"] / state["round"] * (args.rounds - state["round"])
-        print(
-            f"  round {r + 1}/{args.rounds}  reward {row['reward_sampled']:.3f}, of the accepted {row['reward_accepted']:.3f} "
-            f"({row['acceptance_rate']:.1%}; {row['flat_groups']:.0%} of groups without signal), held-out "
-            f"{row['reward_held_out']:.3f}, loss {row['loss']:.4f}, {speed}{left:.0f} s left",
-            flush=True,
-        )
+        rates = f"{row['acceptance_rate']:.1%}; {row['flat_groups']:.0%} of groups without signal"
+        rewarded = f"reward {row['reward_sampled']:.3f}, accepted {row['reward_accepted']:.3f} ({rates})"
+        held = f"held-out {row['reward_held_out']:.3f}, loss {row['loss']:.4f}"
+        print(f"  round {r + 1}/{args.rounds}  {rewarded}, {held}, {speed}{left:.0f} s left", flush=True)
     writer.close()
 
     # ------------------------------------------------------------ SHOW
     table = paired_table(base, state["tuned"])
-    common.write_atomically(
-        folder / "results.json", json.dumps({"table": table, "seconds": state["seconds"]}, indent=2) + "\n"
-    )
+    results = {"table": table, "seconds": state["seconds"]}
+    common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
     print(f"\n{'held-out prompts':<34}{'base':>9}{'tuned':>9}{'difference':>12}   s.e.   ({args.reward} was optimised)")
     for row in table:
         print("{metric:<34}{base:>9.3f}{tuned:>9.3f}{difference:>+12.3f}  {se:.3f}".format(**row))
-    print(
-        f"\n{state['seconds']:.0f} s. In {folder}: the LoRA, results.json, metrics.csv, grid.png, curves.png. To use it:\n"
-    )
+    print(f"\n{state['seconds']:.0f} s. In {folder}: the LoRA, results.json, metrics.csv, grid.png, curves.png. To use it:\n")
+    name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     precision = "" if args.dtype == "float32" else f", dtype=torch.{args.dtype}"
     print(f"""import torch; from diffusers import DDIMScheduler, StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained({args.model!r}{precision}).to({args.device!r})
+pipe = StableDiffusionPipeline.from_pretrained({name!r}{precision}).to({args.device!r})
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
 pipe.load_lora_weights({str(folder.resolve())!r})
 pipe({held_out[0]!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, eta={args.eta}, \

@@ -62,7 +62,7 @@ class Reward:
         """spec: "name", "path/to/file.py:function" or "w*one+w*other". InputError, naming `flag`, for anything else."""
         self.spec, self.parts = spec, []
         for term in spec.split("+"):
-            weight, star, name = term.strip().rpartition("*")
+            weight, star, name = (part.strip() for part in term.rpartition("*"))
             try:
                 weight = float(weight) if star else 1.0
             except ValueError:
@@ -79,7 +79,7 @@ class Reward:
 
     def check_prompts(self, prompts: list[str], flag: str) -> None:
         """InputError if a shapes reward is to judge a prompt that it does not understand."""
-        if any(name.startswith("shapes_") for _, name, _ in self.parts):
+        if any(name in REWARDS and name.startswith("shapes_") for _, name, _ in self.parts):
             for prompt in prompts:
                 try:
                     parse(prompt)

@@ -63,9 +63,7 @@ def run(arm: str, seed: int) -> None:
         if seed == 0:
             for name in ("grid.png", "curves.png"):
                 (RESULTS / f"{arm}__{name}").write_bytes(Path(output, name).read_bytes())
-    hardware = (
-        f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time on two cores"
-    )
+    hardware = f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time on two cores"
     record = {"command": " ".join(command), "seed": seed, "hardware": hardware, **results, "rounds": rows}
     target.write_text(json.dumps(record, indent=1) + "\n")
     change = results["table"][0]

@@ -64,6 +64,7 @@ def test_jpeg_rewards():
         ("  0.7*shapes_graded  +  shapes_fit ", {"shapes_graded": 0.7, "shapes_fit": 1}),
         ("shapes_strict+-0.5*shapes_fit", {"shapes_strict": 1, "shapes_fit": -0.5}),
         ("-2*jpeg_compressibility", {"jpeg_compressibility": -2}),
+        ("0.5 * shapes_fit", {"shapes_fit": 0.5}),
         ("1e-2*shapes_fit+0.5*shapes_fit", {"shapes_fit": 0.51}),
     ],
 )
@@ -160,6 +161,21 @@ def test_bad_results(tmp_path, body, culprit):
     assert (PROMPT.replace("red", "green") if "inf" in culprit or "nan" in culprit else PROMPT) in message
 
 
+@pytest.mark.parametrize(
+    "body, culprit",
+    [
+        ("raise KeyError('embedding')", "KeyError: 'embedding'"),
+        ("return None", "Error"),
+        ("return ['good'] * len(images)", "Error"),
+    ],
+)
+def test_failing_user_function(tmp_path, body, culprit):
+    spec = user_file(tmp_path, body)
+    with pytest.raises(InputError) as error:
+        Reward(spec)([GREY], [PROMPT])
+    assert f"reward {spec}: " in str(error.value) and culprit in str(error.value)
+
+
 def test_check_prompts(tmp_path):
     good, bad = [PROMPT, PROMPT.replace("left of", "above")], "a cat on a mat"
     for spec in ("shapes_strict", "jpeg_compressibility+0.1*shapes_fit"):
@@ -214,4 +230,5 @@ def test_average_hash():
     cells[0, 3] = cells[7, 7] = 200  # bits 3 and 63
     both, last = average_hash([Image.fromarray(cells), Image.fromarray(cells * (np.arange(8) == 7))]).tolist()
     assert (both & (2**64 - 1), last & (2**64 - 1)) == (2**3 + 2**63, 2**63)
-    assert average_hash([Image.fromarray(cells // 2)]).tolist() == [both]  # brightness does not matter
+    # neither the brightness nor the other pictures matter
+    assert average_hash([Image.fromarray(cells // 2), Image.new("L", (8, 8), 255)]).tolist() == [both, 0]
