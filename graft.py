@@ -69,6 +69,7 @@ class Args:
     top_k: int = 1  # K of the rule topk
     threshold: float | None = None  # least accepted reward of the rule threshold
     beta: float | None = None  # temperature of the rule exponential, in units of the reward
+    reward_max: float | None = None  # known upper bound of the reward for exponential; left out: the best of each prompt
     dedup: bool = False  # keep one of the accepted pictures of a prompt that have the same 8 x 8 average hash
     accept_flat: bool = False  # do not skip groups whose rewards are all equal (rules topk and preference)
     accumulate: bool = True  # train on what all rounds accepted; --no-accumulate: on the newest round's
@@ -399,7 +400,7 @@ def main(args, folder_known):
             options = {"top_k": args.top_k, "threshold": args.threshold, "beta": args.beta}
             generator = torch.Generator().manual_seed(derived_seed(args.seed, "accept", r))
             keys = average_hash(pictures).view(-1, args.samples) if args.dedup else None
-            mask = accept(table, args.rule, **options, keys=keys, generator=generator)
+            mask = accept(table, args.rule, **options, reward_max=args.reward_max, keys=keys, generator=generator)
             groups = table.view(len(table), -1, 2 if args.rule == "preference" else args.samples)  # what a rule ranks
             flat = (groups.amax(2) == groups.amin(2)) & (args.rule in ("topk", "preference"))  # no reward differs
             if not args.accept_flat:

@@ -22,6 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "graft"
 VALID = ["--prompts", "benchmarks/prompts_tune.txt", "--eval_prompts", "benchmarks/prompts_valid.txt"]
+METRICS = "shapes_strict shapes_graded shapes_fit jpeg_compressibility diversity brightness contrast saturation".split()
 GUIDED = ["--guidance", "3", "--rounds", "4", "--prompts_per_round", "80", "--updates", "40", "--eval_samples", "2"]
 ARMS = {
     "graft": [],
@@ -74,28 +75,30 @@ def run(arm: str, seed: int) -> None:
 
 
 def tables(arms: list[str]) -> None:
-    """One markdown row per arm: held-out means over seeds +- standard error over seeds; and the held-out reward by round."""
-    header, lines, by_round = None, [], []
+    """Markdown: held-out means over seeds +- standard error over seeds, one row per arm; then the held-out reward by round."""
+    by_round = ["", "| held-out reward after round | 0 | 1 | 2 | 3 | 4 | 5 |", "|---|---|---|---|---|---|---|"]
+    print("| | " + " | ".join(METRICS) + " | seconds |\n" + "|---" * (len(METRICS) + 2) + "|")
     for arm in arms:
-        records = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{arm}__*.json"))]
+        records = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{arm}__[0-9]*.json"))]
         if not records:
             continue
-        metrics = sorted(row["metric"] for row in records[0]["table"])
-        if header != metrics:
-            header = metrics
-            lines += ["", "| | " + " | ".join(metrics) + " | s |", "|---" * (len(metrics) + 2) + "|"]
-            base = {row["metric"]: row["base"] for row in records[0]["table"]}
-            lines.append("| base | " + " | ".join(f"{base[m]:.3f}" for m in metrics) + " | |")
-        cells = []
-        for metric in metrics:
-            values = np.array([row["tuned"] for r in records for row in r["table"] if row["metric"] == metric])
-            se = f" ± {values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.3f}{se}")
-        seconds = np.mean([r["seconds"] for r in records])
-        lines.append(f"| {arm} ({len(records)}) | " + " | ".join(cells) + f" | {seconds:.0f} |")
-        rounds = np.array([[row["reward_held_out"] for row in r["rounds"]] for r in records])
-        by_round.append(f"{arm}: held-out reward by round {np.round(rounds.mean(0), 3).tolist()}")
-    print("\n".join(lines + [""] + by_round))
+        tables = [{row["metric"]: row for row in r["table"]} for r in records]
+        reward = records[0]["table"][0]["metric"]
+        if arm == arms[0]:
+            print("| base | " + " | ".join(f"{tables[0][m]['base']:.3f}" for m in METRICS) + " | |")
+        cells = [mean_and_se([t[m]["tuned"] for t in tables]) for m in METRICS]
+        print(f"| {arm} ({len(records)}) | " + " | ".join(cells) + f" | {np.mean([r['seconds'] for r in records]):.0f} |")
+        rounds = zip(*([row["reward_held_out"] for row in r["rounds"]] for r in records))
+        cells = [f"{tables[0][reward]['base']:.3f}", *(mean_and_se(values) for values in rounds)]
+        by_round.append(f"| {arm} | " + " | ".join(cells + [""] * (6 - len(cells))) + " |")
+    print("\n".join(by_round))
+
+
+def mean_and_se(values) -> str:
+    """Mean, and its standard error if there is more than one value."""
+    values = np.array(values)
+    se = f" ± {values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{se}"
 
 
 if __name__ == "__main__":
