@@ -482,9 +482,8 @@ def main(args, folder_known):
         print("{metric:<34}{base:>9.3f}{tuned:>9.3f}{difference:>+12.3f}  {se:.3f}".format(**row))
     print(f"\n{state['seconds']:.0f} s. In {folder}: the LoRA, results.json, metrics.csv, grid.png, curves.png. To use it:\n")
     name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
-    precision = "" if args.dtype == "float32" else f", dtype=torch.{args.dtype}"
     print(f"""import torch; from diffusers import DDIMScheduler, StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained({name!r}{precision}).to({args.device!r})
+pipe = StableDiffusionPipeline.from_pretrained({name!r}, dtype=torch.{args.dtype}).to({args.device!r})
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
 pipe.load_lora_weights({str(folder.resolve())!r})
 pipe({held_out[0]!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, eta={args.eta}, \

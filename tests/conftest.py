@@ -29,7 +29,7 @@ PROMPTS = [
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def build_pipeline(folder: Path, scheduler) -> str:
+def build_pipeline(folder: Path, scheduler, dtype=torch.float32) -> str:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -74,7 +74,7 @@ def build_pipeline(folder: Path, scheduler) -> str:
         for name, parameter in unet.named_parameters():
             parameter *= 3 if "attn2" in name else 1
     parts = (vae, text_encoder, tokenizer, unet, scheduler, None, None)
-    StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(folder)
+    StableDiffusionPipeline(*parts, requires_safety_checker=False).to(dtype).save_pretrained(folder)
     return str(folder)
 
 
@@ -89,7 +89,7 @@ def tiny_epsilon(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_v(tmp_path_factory) -> str:
-    """Folder of a v-prediction pipeline with trailing DDIM steps, like the embedded one."""
+    """Folder of a v-prediction pipeline in half precision with trailing DDIM steps, like the embedded one."""
     from diffusers import DDIMScheduler
 
     options = {
@@ -98,7 +98,8 @@ def tiny_v(tmp_path_factory) -> str:
         "clip_sample": False,
         "steps_offset": 1,
     }
-    return build_pipeline(tmp_path_factory.mktemp("models") / "tiny_v", DDIMScheduler(**SCHEDULE, **options))
+    folder = tmp_path_factory.mktemp("models") / "tiny_v"
+    return build_pipeline(folder, DDIMScheduler(**SCHEDULE, **options), torch.float16)
 
 
 @pytest.fixture(scope="session")
