@@ -76,7 +76,7 @@ def run(arm: str, seed: int) -> None:
 
 def tables(arms: list[str]) -> None:
     """Markdown: held-out means over seeds +- standard error over seeds, one row per arm; then the held-out reward by round."""
-    by_round = ["", "| held-out reward after round | 0 | 1 | 2 | 3 | 4 | 5 |", "|---|---|---|---|---|---|---|"]
+    by_round, most = [], 0
     print("| | " + " | ".join(METRICS) + " | seconds |\n" + "|---" * (len(METRICS) + 2) + "|")
     for arm in arms:
         records = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{arm}__[0-9]*.json"))]
@@ -90,8 +90,10 @@ def tables(arms: list[str]) -> None:
         print(f"| {arm} ({len(records)}) | " + " | ".join(cells) + f" | {np.mean([r['seconds'] for r in records]):.0f} |")
         rounds = zip(*([row["reward_held_out"] for row in r["rounds"]] for r in records))
         cells = [f"{tables[0][reward]['base']:.3f}", *(mean_and_se(values) for values in rounds)]
-        by_round.append(f"| {arm} | " + " | ".join(cells + [""] * (6 - len(cells))) + " |")
-    print("\n".join(by_round))
+        most = max(most, len(cells))
+        by_round.append(f"| {arm} | " + " | ".join(cells) + " |")
+    header = "\n| held-out reward after round | " + " | ".join(map(str, range(most))) + " |\n" + "|---" * (most + 1) + "|"
+    print("\n".join([header, *by_round]))
 
 
 def mean_and_se(values) -> str:
