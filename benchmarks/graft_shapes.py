@@ -3,7 +3,7 @@
 Run: python benchmarks/graft_shapes.py            (everything that benchmarks/results/graft lacks, then the tables)
      python benchmarks/graft_shapes.py --tables   (only the tables, from the stored results)
      python benchmarks/graft_shapes.py --arms graft none --seeds 0 1 2
-The arms whose names start with "valid" chose settings: they hold out benchmarks/prompts_valid.txt, a part of the training prompts.
+The "valid" arms compare the losses under guidance; they hold out benchmarks/prompts_valid.txt, a part of the training prompts.
 """
 
 import argparse
@@ -29,12 +29,6 @@ ARMS = {
     "none": ["--rule", "none"],
     "preference": ["--rule", "preference"],
     "threshold": ["--rule", "threshold", "--threshold", "1"],
-    "valid_rounds5": [*VALID, "--rounds", "5"],
-    "valid_rounds5_newest": [*VALID, "--rounds", "5", "--no-accumulate"],
-    "valid_both": [*VALID, "--reward", "shapes_strict+shapes_graded"],
-    "valid_lr5e-4": [*VALID, "--lr", "5e-4"],
-    "valid_updates120": [*VALID, "--updates", "120"],
-    "valid_attention": [*VALID, "--lora_targets", "attention"],
     "valid_guidance3_guided": [*VALID, *GUIDED],
     "valid_guidance3_conditional": [*VALID, *GUIDED, "--no-guided_loss"],
     "valid_guidance3_dropout": [*VALID, *GUIDED, "--no-guided_loss", "--prompt_dropout", "0.1"],
