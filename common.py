@@ -247,6 +247,20 @@ class Model:
             parameter.data = parameter.data.float()
         return list(self.lora().values())
 
+    def load_lora(self, folder: str) -> None:
+        """Load pytorch_lora_weights.safetensors of a run beside the LoRA that add_lora made, and use it in its place."""
+        from safetensors import safe_open
+
+        try:
+            self.denoiser.delete_adapters("default")
+            self.pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name="default")
+            with safe_open(Path(folder) / LORA_FILE, "pt") as file:
+                stored = len(file.keys())
+        except Exception as error:  # a damaged file makes the loaders raise many kinds
+            raise InputError(f"{folder}/{LORA_FILE}: cannot be loaded ({error})") from None
+        if len(self.lora()) != stored:
+            raise InputError(f"{folder}/{LORA_FILE}: only {len(self.lora())} of its {stored} tensors fit the model")
+
     def lora(self) -> dict[str, torch.nn.Parameter]:
         """The LoRA's parameters by name."""
         return {n: p for n, p in self.denoiser.named_parameters() if "lora_" in n}
@@ -374,7 +388,7 @@ def save_grid(path: Path, base: list, tuned: list, prompts: list[str], per_promp
     axes[0, per_prompt].set_title("tuned, same seeds (base on the left)", fontsize=8, loc="left")
     for axis in axes.flat:
         axis.set_axis_off()
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def save_curves(path: Path, rows: list[dict], losses: list[float], base: float, reward: str) -> None:
@@ -390,10 +404,11 @@ def save_curves(path: Path, rows: list[dict], losses: list[float], base: float, 
     left.legend()
     right.plot(losses, linewidth=0.8)
     right.set(xlabel="update", ylabel="denoising loss")
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def _save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Atomically write a figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, bbox_inches="tight", metadata={"Software": None})
     write_atomically(path, buffer.getvalue())

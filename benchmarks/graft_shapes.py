@@ -37,43 +37,57 @@ ARMS = {
 }
 
 
-def run(arm: str, seed: int) -> None:
-    """One training run -> RESULTS/<arm>__<seed>.json with its command, table and rows."""
-    target = RESULTS / f"{arm}__{seed}.json"
+def run(results: Path, arm: str, command: list[str], seed: int, switches: list[str]) -> None:
+    """One training run -> results/<arm>__<seed>.json with its command, table and rows. switches: evaluate the LoRA also with
+    the base model from these levels on (pgraft.py --evaluate)."""
+    target = results / f"{arm}__{seed}.json"
     if target.exists():
         return
-    command = ["python", "graft.py", "--seed", str(seed), *ARMS[arm]]
+    command = [*command, "--seed", str(seed)]
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         output = f"{folder}/run"
-        done = subprocess.run(
-            [sys.executable, *command[1:], "--output", output], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        if done.returncode:
-            print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
-            return
-        results = json.loads(Path(output, "results.json").read_text())
+        stored = {}
+        for switch in ["", *switches]:
+            also = ["pgraft.py", "--evaluate", output, "--switch", switch, "--output", f"{folder}/{switch}"]
+            done = subprocess.run(
+                [sys.executable, *(also if switch else [*command, "--output", output])],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+                return
+            stored[switch] = json.loads(Path(f"{folder}/{switch}" if switch else output, "results.json").read_text())
         with open(Path(output, "metrics.csv"), newline="") as file:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         if seed == 0:
             for name in ("grid.png", "curves.png"):
-                (RESULTS / f"{arm}__{name}").write_bytes(Path(output, name).read_bytes())
+                (results / f"{arm}__{name}").write_bytes(Path(output, name).read_bytes())
     hardware = f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time on two cores"
-    record = {"command": " ".join(command), "seed": seed, "hardware": hardware, **results, "rounds": rows}
+    record = {"command": " ".join(["python", *command]), "seed": seed, "hardware": hardware, **stored.pop(""), "rounds": rows}
+    if stored:
+        record["switched"] = {switch: result["table"] for switch, result in stored.items()}
     target.write_text(json.dumps(record, indent=1) + "\n")
-    change = results["table"][0]
+    change = record["table"][0]
     print(
-        f"{arm} {seed}: {change['base']:.3f} -> {change['tuned']:.3f} +- {change['se']:.3f}, {results['seconds']:.0f} s",
+        f"{arm} {seed}: {change['base']:.3f} -> {change['tuned']:.3f} +- {change['se']:.3f}, {record['seconds']:.0f} s",
         flush=True,
     )
 
 
-def tables(arms: list[str]) -> None:
+def load(results: Path, arm: str) -> list[dict]:
+    """The stored records of an arm, by seed."""
+    return [json.loads(f.read_text()) for f in sorted(results.glob(f"{arm}__[0-9]*.json"))]
+
+
+def tables(results: Path, arms: list[str]) -> None:
     """Markdown: held-out means over seeds +- standard error over seeds, one row per arm; then the held-out reward by round."""
     by_round, most = [], 0
     print("| | " + " | ".join(METRICS) + " | seconds |\n" + "|---" * (len(METRICS) + 2) + "|")
     for arm in arms:
-        records = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{arm}__[0-9]*.json"))]
+        records = load(results, arm)
         if not records:
             continue
         tables = [{row["metric"]: row for row in r["table"]} for r in records]
@@ -82,12 +96,31 @@ def tables(arms: list[str]) -> None:
             print("| base | " + " | ".join(f"{tables[0][m]['base']:.3f}" for m in METRICS) + " | |")
         cells = [mean_and_se([t[m]["tuned"] for t in tables]) for m in METRICS]
         print(f"| {arm} ({len(records)}) | " + " | ".join(cells) + f" | {np.mean([r['seconds'] for r in records]):.0f} |")
+        for switch in records[0].get("switched", ()):
+            switched = [{row["metric"]: row for row in r["switched"][switch]} for r in records]
+            cells = [mean_and_se([t[m]["tuned"] for t in switched]) for m in METRICS]
+            print(f"| {arm}, base from {switch} on | " + " | ".join(cells) + " | |")
         rounds = zip(*([row["reward_held_out"] for row in r["rounds"]] for r in records))
         cells = [f"{tables[0][reward]['base']:.3f}", *(mean_and_se(values) for values in rounds)]
         most = max(most, len(cells))
         by_round.append(f"| {arm} | " + " | ".join(cells) + " |")
     header = "\n| held-out reward after round | " + " | ".join(map(str, range(most))) + " |\n" + "|---" * (most + 1) + "|"
     print("\n".join([header, *by_round]))
+
+
+def main(doc: str, results: Path, arms: dict[str, list[str]], switches: dict[str, list[str]]) -> None:
+    """Command line of a runner. arms: name -> script and arguments; switches: name -> levels for run()."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tables", action="store_true")
+    options = parser.parse_args()
+    results.mkdir(parents=True, exist_ok=True)
+    if not options.tables:
+        jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda job: run(results, job[0], arms[job[0]], job[1], switches.get(job[0], [])), jobs))
+    tables(results, options.arms)
 
 
 def mean_and_se(values) -> str:
@@ -98,13 +131,4 @@ def mean_and_se(values) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tables", action="store_true")
-    options = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    if not options.tables:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda job: run(*job), [(a, s) for s in options.seeds for a in options.arms]))
-    tables(options.arms)
+    main(__doc__, RESULTS, {name: ["graft.py", *arguments] for name, arguments in ARMS.items()}, {})

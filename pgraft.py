@@ -1,0 +1,734 @@
+"""P-GRAFT (partial GRAFT): score the finished picture, accept the noisy state it came from, tune the model for the noisier levels.
+Paper: "Fine-Tuning Diffusion Models via Intermediate Distribution Shaping", arXiv 2510.02692.   Run: python pgraft.py
+
+Notation  x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1; c the prompt; p the model that is sampled; r(x, c) the
+          reward; M samples a prompt, of which a rule accepts some: sample i with probability A(x_i), non-decreasing in r;
+          s the switch: the tuned model denoises the levels t > s, the base model the rest.
+Equations (1) accepted states follow  argmax_q  E_q[rhat] - KL(q || p), laws of x_s,  with  rhat(x_s) = log E[A | X_s = x_s]
+          (2) K best of M:  rhat = log sum_{j<K} C(M-1, j) U^(M-1-j) (1-U)^j,  U = P(r(X') <= r(x)), ties broken at random
+          (3) KL(accepted || p) = integral_0^1 f log f du,  f = (M/K) exp(rhat);  K = 1: log M - (M-1)/M;  better of a pair: M = 2
+              (of the pictures; that of the states x_s is at most this)
+          (4) loss  E (b / sigma_t)^2 |prediction(x_t, t, c) - target|^2,  t > s;  the weight bounds the target's variance, 1 / b^2
+          (5) x_t = a x_s + b eps',  a = alpha_t / alpha_s,  b^2 = sigma_t^2 - a^2 sigma_s^2
+          (6) target of eps: sigma_t eps' / b;  of v: sigma_t (eps' a / b - x_s) / alpha_s;  of a flow's velocity, alpha = 1 - sigma:
+              eps' (sigma_t + alpha_t (sigma_s / alpha_s)^2) / b - x_s / alpha_s.  E[target | x_t] is the prediction wanted at x_t
+          (7) V(t) = E[Var(r | X_t, c)] / E[Var(r | c)], the share of the reward's variance that x_t does not determine
+Choices that the paper leaves open: a LoRA is tuned; groups in which no reward differs are skipped by the rules that rank;
+with guidance w > 1 the loss is on the guided prediction, because that is what samples (README, "Guidance"); `--data x0`: if the
+sampler were exact, the accepted x_0 noised to s would have the law of the accepted x_s, so x_0 is the data in (4) to (6)
+(alpha_s = 1, sigma_s = 0, but still t > s), with far less variance (README, "P-GRAFT").
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import common
+from common import DTYPES, ROOT, InputError, Model, derived_seed
+from rewards import Reward, average_hash, diversity, image_statistics
+
+AT_LEAST_ONE = "rounds prompts_per_round samples guidance sample_batch updates batch micro_batch lora_rank".split()
+RULES = ("topk", "preference", "exponential", "threshold", "none")
+DEFAULTS = {  # settings left out on the command line: (embedded shapes model, any other model)
+    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", "jpeg_compressibility"),
+    "steps": (10, 50),
+    "guidance": (1.0, 7.5),
+    "sample_batch": (64, 8),
+    "lora_targets": ("all", "attention"),
+    "lr": (1e-3, 1e-4),
+    "micro_batch": (64, 2),
+}
+
+
+@dataclass
+class Args:
+    """P-GRAFT: GRAFT for the noisy part of the trajectory; the base model denoises the rest."""
+
+    seed: int = 0  # seed of the training run; evaluation pictures do not depend on it
+    output: str = ""  # run folder; left out: runs/<script>__<model>__<seed>__<time>
+    resume: str = ""  # run folder to continue; every other argument is taken from it
+    device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
+    dtype: str = "float32"  # precision of the frozen model: float32, bfloat16 or float16; the LoRA is always float32
+
+    model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a StableDiffusionPipeline (1.x, 2.x)
+    prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv or .jsonl (column `prompt`)
+    eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
+    eval_samples: int = 4  # pictures per held-out prompt
+    eval_every: int = 1  # rounds between evaluations; 0: only before and after
+
+    steps: int | None = None  # DDIM steps (10; other models 50)
+    guidance: float | None = None  # classifier-free guidance scale, 1 is none (1; other models 7.5)
+    eta: float = 1.0  # DDIM eta: 0 deterministic, 1 as random as DDPM
+    sample_batch: int | None = None  # pictures sampled at a time; no picture depends on it (64; other models 8)
+
+    switch: str = "auto"  # level t / T in (0, 1) from which on the base model denoises; auto: as --probe recommends
+    data: str = "x0"  # noised to the levels above the switch: x0 (the accepted picture) or xs (its state at the switch)
+    probe: bool = False  # only measure V(t), how far the state at each level leaves the reward open, and recommend a switch
+    probe_prompts: int = 48  # prompts of the probe, with two trajectories each
+    probe_restarts: int = 4  # times the sampler is started again from each stored state
+    probe_limit: float = 0.25  # the recommended switch is the noisiest level with V(t) + standard error at most this
+    evaluate: str = ""  # no training: evaluate the LoRA in this folder, with its pgraft.json (or with --switch)
+
+    reward: str = "shapes_strict"  # to maximise: a name of rewards.py, path/to/file.py:function, or "0.7*one+0.3*other"
+    eval_rewards: str | None = None  # rewards reported too, separated by commas (the shapes ones and JPEG; others JPEG)
+
+    rounds: int = 3  # times to sample, accept and update
+    prompts_per_round: int = 160  # prompts sampled in a round, none twice
+    samples: int = 8  # M, samples per prompt
+    rule: str = "topk"  # acceptance: topk, preference, exponential, threshold or none (the control)
+    top_k: int = 1  # K of the rule topk
+    threshold: float | None = None  # least accepted reward of the rule threshold
+    beta: float | None = None  # temperature of the rule exponential, in units of the reward
+    reward_max: float | None = None  # known upper bound of the reward for exponential; left out: the best of each prompt
+    dedup: bool = False  # keep one of the accepted pictures of a prompt that have the same 8 x 8 average hash
+    accept_flat: bool = False  # do not skip groups whose rewards are all equal (rules topk and preference)
+    accumulate: bool = True  # train on what all rounds accepted; --no-accumulate: on the newest round's
+    reference: str = "newest"  # the model that later rounds sample: newest or base
+
+    lora_rank: int = 16  # rank of the LoRA
+    lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
+    lora_targets: str | None = None  # attention, all (linear and convolution), or layer names (all; others attention)
+    updates: int = 60  # optimiser updates per round
+    batch: int = 64  # pictures per update
+    micro_batch: int | None = None  # pictures per backward pass, accumulated to --batch (64; other models 2)
+    lr: float | None = None  # AdamW learning rate (1e-3; other models 1e-4)
+    prompt_dropout: float = 0.0  # share of training prompts replaced by the empty one
+    guided_loss: bool = True  # with guidance > 1, train the guided prediction; --no-guided_loss: the conditional one
+    gradient_checkpointing: bool = False  # less memory, about a third slower
+    save_accepted: bool = False  # write accepted pictures to <run>/accepted with metadata.jsonl (imagefolder)
+
+
+# ================================================================ equations: tensors in, tensors out
+
+
+def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, keys=None, generator=None):
+    """Which samples a rule accepts. rewards: (prompts, samples) -> bool mask of the same shape.
+
+    "topk": the top_k best of each row. "preference": the better of each consecutive pair. Both break ties at random.
+    "exponential": each with probability exp((r - reward_max) / beta); reward_max is the reward's known upper bound, without
+    one the row's maximum. "threshold": r >= threshold. "none": all. keys: integer ids, same shape; of the accepted samples of
+    a row that share a key one is kept (the best; ties at random). ValueError for a rule without its parameter.
+    Source: arXiv 2510.02692, generalised rejection sampling; equations (1) and (2) above.
+    """
+    groups, samples = rewards.shape
+    chance = torch.rand(rewards.shape, generator=generator).to(rewards.device)  # breaks ties, and is exponential's coin
+    if rule == "topk":
+        if not 1 <= top_k <= samples:
+            raise ValueError(f"top_k {top_k} must be between 1 and the number of samples {samples}")
+        mask = _rank(rewards, chance) < top_k
+    elif rule == "preference":
+        if samples % 2:
+            raise ValueError(f"preference pairs need an even number of samples, not {samples}")
+        pairs = (groups * samples // 2, 2)
+        mask = (_rank(rewards.reshape(pairs), chance.reshape(pairs)) == 0).reshape(groups, samples)
+    elif rule == "exponential":
+        if beta is None or beta <= 0:
+            raise ValueError("exponential needs beta > 0")
+        bound = rewards.max(1, keepdim=True).values if reward_max is None else reward_max
+        mask = chance < ((rewards - bound) / beta).exp()
+    elif rule == "threshold":
+        if threshold is None:
+            raise ValueError("threshold needs threshold")
+        mask = rewards >= threshold
+    elif rule == "none":
+        mask = torch.ones_like(rewards, dtype=torch.bool)
+    else:
+        raise ValueError(f"rule {rule!r} must be one of {', '.join(RULES)}")
+    if keys is not None:
+        rank = _rank(rewards, torch.rand(rewards.shape, generator=generator).to(rewards.device))
+        same = keys[:, :, None] == keys[:, None, :]  # (prompts, samples, samples)
+        better = mask[:, None, :] & same & (rank[:, None, :] < rank[:, :, None])
+        mask = mask & ~better.any(2)
+    return mask
+
+
+def _rank(rewards, chance):
+    """Place of each entry in its row, 0 the largest; ties in the order of `chance`. (rows, n) -> integer (rows, n)."""
+    order = chance.argsort(1)
+    order = order.gather(1, torch.argsort(rewards.gather(1, order), dim=1, descending=True, stable=True))
+    return order.argsort(1)
+
+
+def reshaped_reward(quantile, num_samples, top_k):
+    """rhat of "the top_k best of num_samples", up to a constant, at quantile U in [0, 1], any shape. Equation (2)."""
+    u = torch.as_tensor(quantile, dtype=torch.float64)
+    terms = [math.comb(num_samples - 1, j) * u ** (num_samples - 1 - j) * (1 - u) ** j for j in range(top_k)]
+    return torch.stack(terms).sum(0).log()
+
+
+def implied_kl(num_samples, top_k):
+    """KL(accepted || sampled) in nats of "the top_k best of num_samples", for a reward without ties. Equation (3)."""
+    if top_k == 1:
+        return math.log(num_samples) - (num_samples - 1) / num_samples
+    nodes = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    density = num_samples / top_k * reshaped_reward(nodes, num_samples, top_k).exp()
+    return torch.xlogy(density, density).mean().item()
+
+
+def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None):
+    """KL(accepted || sampled) in nats of a rule on rewards (prompts, samples). topk and preference: equation (3), an upper
+    bound if rewards tie; others: from the acceptance probabilities, mean over the prompts that can accept."""
+    if rule in ("topk", "preference"):
+        return implied_kl(rewards.shape[1], top_k) if rule == "topk" else implied_kl(2, 1)
+    if rule == "none":
+        return 0.0
+    if rule == "threshold":
+        chance = (rewards >= threshold).double()
+    else:
+        chance = ((rewards - rewards.max(1, True).values) / beta).double().exp()
+    weight = (chance / chance.mean(1, keepdim=True))[chance.sum(1) > 0]
+    return torch.xlogy(weight, weight).mean().item() if len(weight) else math.nan
+
+
+def shaped_target(x_s, noise, alpha_s, sigma_s, alpha_t, sigma_t, prediction_type):
+    """(x_t, target, weight) of the loss (4) for data x_s at level s and a noisier level t: equations (5), (6).
+
+    x_s, noise: (batch, ...); the levels: () or (batch,), or of any shape that broadcasts; weight: like the levels, with the
+    dimensions of x_s. prediction_type: "epsilon" or "v_prediction" (alpha^2 + sigma^2 = 1), or "flow" (alpha = 1 - sigma).
+    alpha_s = 1, sigma_s = 0 gives the ordinary targets with weight 1. ValueError for another type.
+    Source: derived for this project, the paper gives x_s as the data and no target; tested against closed forms.
+    """
+    levels = (torch.as_tensor(level, dtype=torch.float64, device=x_s.device) for level in (alpha_s, sigma_s, alpha_t, sigma_t))
+    alpha_s, sigma_s, alpha_t, sigma_t = (v.view(*v.shape, *[1] * (x_s.dim() - v.dim())) for v in levels)
+    a = alpha_t / alpha_s
+    b = (sigma_t**2 - (a * sigma_s) ** 2).sqrt()  # float64: near the switch this cancels
+    if prediction_type == "epsilon":
+        of_noise, of_x_s = sigma_t / b, 0 * a
+    elif prediction_type == "v_prediction":
+        of_noise, of_x_s = sigma_t * a / (b * alpha_s), -sigma_t / alpha_s
+    elif prediction_type == "flow":
+        of_noise, of_x_s = (sigma_t + alpha_t * (sigma_s / alpha_s) ** 2) / b, -1 / alpha_s
+    else:
+        raise ValueError(f"prediction_type {prediction_type!r} must be epsilon, v_prediction or flow")
+    a, b, weight, of_noise, of_x_s = (v.to(x_s.dtype) for v in (a, b, (b / sigma_t) ** 2, of_noise, of_x_s))
+    return a * x_s + b * noise, of_noise * noise + of_x_s * x_s, weight
+
+
+def unresolved_share(rewards):
+    """(V, its standard error) of equation (7). rewards: (prompts, states, restarts), at least two of each.
+
+    Numerator and denominator are unbiased (analysis of variance: the variance of the states' means contains 1 / restarts of
+    the variance within); the error is the jackknife's over prompts. (nan, nan) if no reward differs.
+    """
+    rewards = rewards.double()
+    within = rewards.var(2).mean(1)  # (prompts,)
+    total = rewards.mean(2).var(1) + within * (1 - 1 / rewards.shape[2])
+    if total.sum() <= 0:
+        return math.nan, math.nan
+    left_out = (within.sum() - within) / (total.sum() - total)
+    n = len(rewards)
+    return (within.sum() / total.sum()).item(), ((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt().item()
+
+
+def switch_step(timesteps, switch_timestep):
+    """How many steps the tuned model takes: those that start above the switch. The base model takes the first step that starts
+    at or below it and all later ones. timesteps: a scheduler's, falling; any number of steps."""
+    return sum(t > switch_timestep for t in timesteps)
+
+
+# ================================================================ sampling
+
+
+def guided_prediction(model, x, t, text, guidance):
+    """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: (batch, tokens, width)."""
+    if guidance == 1:
+        return model.predict(x, t, text)
+    text = torch.cat([model.encode([""]).expand_as(text), text])
+    both = model.predict(x.repeat(2, 1, 1, 1), t if t.dim() == 0 else t.repeat(2), text)
+    unconditional, conditional = both.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def draw_noise(seeds, steps, shape, dtype):
+    """(steps + 1, batch, *shape): the initial noise, then one draw a step, in the order in which the stock pipeline asks for
+    them when it is given one CPU generator for each seed."""
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    draws = [[torch.randn(shape, generator=g, dtype=dtype) for g in generators] for _ in range(steps + 1)]
+    return torch.stack([torch.stack(step) for step in draws])
+
+
+@torch.no_grad()
+def denoise(model, x, levels, noise, text, guidance, eta):
+    """DDIM (arXiv 2010.02502, equation 12) along levels, falling timesteps of which -1 is the clean one. x: (batch, c, h, w) at
+    levels[0], noise: (len(levels) - 1, batch, c, h, w) -> x at levels[-1], float32."""
+    x, noise = x.to(model.device, torch.float32), noise.to(model.device, torch.float32)
+    times = torch.tensor(levels, device=model.device)  # one transfer, none inside the loop
+    for k, (t, after) in enumerate(zip(levels, levels[1:])):
+        alpha, sigma = model.alpha_sigma(t)
+        alpha_next, sigma_next = model.alpha_sigma(after)
+        prediction = guided_prediction(model, x, times[k], text, guidance)
+        if model.prediction_type == "epsilon":
+            eps = prediction
+            x_0 = (x - sigma * eps) / alpha
+        else:  # v = alpha eps - sigma x_0
+            eps = alpha * prediction + sigma * x
+            x_0 = alpha * x - sigma * prediction
+        std = eta * sigma_next / sigma * math.sqrt(max(1 - alpha**2 / alpha_next**2, 0))
+        x = alpha_next * x_0 + math.sqrt(max(sigma_next**2 - std**2, 0)) * eps + std * noise[k]
+    return x
+
+
+def sample(model, noise, text, guidance, eta, switch, tuned=True):
+    """The tuned model (the base, without `tuned`) takes the first `switch` steps, the base model the rest.
+    noise: (steps + 1, batch, c, h, w) -> (x_s at the switch, x_0), each (batch, c, h, w): no other state is kept."""
+    levels = [*model.timesteps(len(noise) - 1), -1]
+    with model.lora_merged() if tuned else model.lora_off():
+        x_s = denoise(model, noise[0], levels[: switch + 1], noise[1 : switch + 1], text, guidance, eta)
+    with model.lora_off():
+        return x_s, denoise(model, x_s, levels[switch:], noise[switch + 1 :], text, guidance, eta)
+
+
+def sample_and_score(model, rewards, prompts, seeds, args, switch, tuned, label):
+    """Pictures of the prompts (n) with the seeds (n), a batch at a time. Returns (x_s, x_0), each (n, c, h, w),
+    {reward or statistic: (n,)}, and the pictures, all but the first 24 at most 64 x 64 pixels."""
+    latents, scores, pictures = [], [], []
+    for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
+        part = slice(i, i + args.sample_batch)
+        noise = draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)
+        x_s, x_0 = sample(model, noise, model.encode(prompts[part]), args.guidance, args.eta, switch, tuned)
+        if not x_0.isfinite().all():
+            raise InputError(f"{label}: NaN or Inf in the latents; use --dtype float32 or bfloat16, or a lower --lr")
+        images = model.decode(x_0)
+        latents.append((x_s.cpu(), x_0.cpu()))
+        scores.append({r.spec: r(images, prompts[part]) for r in rewards} | image_statistics(images))
+        pictures += [p if i + j < 24 else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
+    scores = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+    return [torch.cat(part) for part in zip(*latents)], scores, pictures
+
+
+# ================================================================ the switch
+
+
+def probe(model, reward, prompts, args):
+    """V(t), equation (7), of the base model at up to nine levels between noise and picture: two trajectories a prompt are
+    stored at every level, and the sampler is started again from each. Returns rows {step, timestep, switch, unresolved, se}."""
+    levels = [*model.timesteps(args.steps), -1]
+    steps = sorted({round(i * args.steps / 10) for i in range(1, 10)} - {0, args.steps})
+    seeds = [derived_seed(args.seed, "probe", i, j) for i in range(len(prompts)) for j in range(2)]
+    asked = [p for p in prompts for _ in range(2)]
+    rewards = torch.zeros(len(steps), args.probe_restarts, len(asked))
+    for i in tqdm(range(0, len(asked), args.sample_batch), desc="probe", unit="batch", leave=False, mininterval=1):
+        part = slice(i, i + args.sample_batch)
+        text, noise = model.encode(asked[part]), draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)
+        x, before = noise[0], 0
+        for k, step in enumerate(steps):
+            x = denoise(model, x, levels[before : step + 1], noise[before + 1 : step + 1], text, args.guidance, args.eta)
+            before = step
+            for j in range(args.probe_restarts):
+                again = [derived_seed(seed, step, j) for seed in seeds[part]]
+                fresh = draw_noise(again, args.steps - step - 1, model.latent_shape, model.dtype)
+                x_0 = denoise(model, x, levels[step:], fresh, text, args.guidance, args.eta)
+                rewards[k, j, part] = reward(model.decode(x_0), asked[part])
+    rows = []
+    for step, values in zip(steps, rewards):
+        share, se = unresolved_share(values.T.view(len(prompts), 2, args.probe_restarts))
+        level = {"step": step, "timestep": levels[step], "switch": levels[step] / model.train_timesteps}
+        rows.append(level | {"unresolved": share, "se": se})
+    return rows
+
+
+def recommend(rows, limit):
+    """(timestep of the recommended switch, the reason): the noisiest level with V(t) + its standard error <= limit."""
+    if math.isnan(rows[0]["unresolved"]):
+        raise InputError("the probe saw no reward differ; raise --probe_prompts or take another --reward")
+    for row in rows:
+        if row["unresolved"] + row["se"] <= limit:
+            return row["timestep"], f"the noisiest level with V(t) + s.e. at most {limit:g}"
+    return rows[-1]["timestep"], f"the cleanest level: V(t) + s.e. is nowhere at most {limit:g}"
+
+
+def save_probe(path, rows, args):
+    """V(t) with its standard error against the level."""
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.errorbar(*([row[name] for row in rows] for name in ("switch", "unresolved", "se")), fmt="o-", capsize=3)
+    axis.axhline(args.probe_limit, linestyle=":", color="grey")
+    axis.set(xlabel="level t / T (1: noise)", ylabel=f"V(t) of {args.reward}", ylim=(0, None), xlim=(1, 0))
+    common.save_figure(figure, path)
+
+
+def read_switch(folder):
+    """pgraft.json of a run; InputError if there is none or it is damaged."""
+    path = Path(folder) / "pgraft.json"
+    if not path.is_file():
+        raise InputError(f"{path}: does not exist; give the folder of a finished pgraft.py run, or a level with --switch")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return stored | {"switch_timestep": int(stored["switch_timestep"]), "sigma": float(stored["sigma"])}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: is damaged; give the level with --switch") from None
+
+
+def fitting_switch(folder, model):
+    """The timestep of the switch in a run's pgraft.json; InputError if the model has another noise level there."""
+    stored = read_switch(folder)
+    timestep = stored["switch_timestep"]
+    sigma = model.alpha_sigma(timestep)[1] if 0 <= timestep < model.train_timesteps else math.nan
+    if not abs(sigma - stored["sigma"]) < 1e-3:
+        raise InputError(
+            f"{folder}/pgraft.json does not fit the model: noise level {stored['sigma']:.4f} at timestep {timestep}, the model "
+            f"has {sigma:.4f}; give --model {stored.get('model')}"
+        )
+    return timestep
+
+
+def save_switch(folder, model, timestep, args):
+    """pgraft.json: what must travel with the LoRA. The level is a training timestep, so it holds for any number of steps."""
+    alpha, sigma = model.alpha_sigma(timestep)
+    scheduler = dict(model.pipeline.scheduler.config)
+    content = {"switch_timestep": timestep, "switch": timestep / model.train_timesteps, "alpha": alpha, "sigma": sigma}
+    content |= {"rule": "the LoRA is on in the steps that start at a timestep above switch_timestep, off in the others"}
+    content |= {"model": args.model, "prediction_type": model.prediction_type, "scheduler": scheduler}
+    content |= {name: getattr(args, name) for name in ("steps", "guidance", "eta", "data")}
+    common.write_atomically(folder / "pgraft.json", json.dumps(content, indent=2) + "\n")
+
+
+# ================================================================ loss
+
+
+def denoising_loss(model, x_s, level_s, text, t, noise, guidance):
+    """Equation (4), mean over everything. x_s, noise: (batch, c, h, w) at level_s = (alpha_s, sigma_s), text: (batch, tokens,
+    width), t: (batch,) above that level."""
+    x_t, target, weight = shaped_target(x_s, noise, *level_s, *model.alpha_sigma(t), model.prediction_type)
+    return (weight * (guided_prediction(model, x_t, t, text, guidance) - target).square()).mean()
+
+
+# ================================================================ evaluation
+
+
+def evaluate(model, rewards, prompts, args, switch, tuned, label):
+    """Fixed prompts x fixed seeds. Returns ({metric: (prompts,), the mean over a prompt's pictures}, first 24 pictures)."""
+    n = args.eval_samples
+    seeds = [derived_seed("eval", i, j) for i in range(len(prompts)) for j in range(n)]
+    repeated = [p for p in prompts for _ in range(n)]
+    _, scores, pictures = sample_and_score(model, rewards, repeated, seeds, args, switch, tuned, label)
+    means = {name: values.view(-1, n).mean(1) for name, values in scores.items()}
+    means["diversity"] = torch.tensor([diversity(pictures[i * n : i * n + n]) for i in range(len(prompts))])
+    return means, pictures[:24]
+
+
+def paired_table(base, tuned):
+    """Rows {metric, base, tuned, difference, se}; se: the standard error over prompts of the mean paired difference."""
+    rows = []
+    for name in base:
+        change = tuned[name] - base[name]
+        numbers = (base[name].mean(), tuned[name].mean(), change.mean(), change.std() / len(change) ** 0.5)
+        rows.append({"metric": name} | dict(zip(("base", "tuned", "difference", "se"), map(float, numbers))))
+    return rows
+
+
+# ================================================================ the run
+
+
+def prepare(args):
+    """Check every argument before any model loads and fill in what was left out.
+    Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
+    embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
+    for name, (for_shapes, for_others) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, for_shapes if embedded else for_others)
+    args.device = common.check_device(args.device, args.dtype)
+    common.check_model_name(args.model)
+    common.check_output(args.output, args.resume)
+    limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"top_k": (1, args.samples), "steps": (1, 999), "eta": (0, 1)}
+    limits |= {"probe_restarts": (2, 10**9), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
+    limits |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
+    for name, (least, most) in (limits | {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6)}).items():
+        if not least <= getattr(args, name) <= most:
+            raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
+    if args.batch % min(args.micro_batch, args.batch):
+        raise InputError(f"--micro_batch {args.micro_batch}: must divide --batch {args.batch}")
+    for name, choices in {"reference": ("newest", "base"), "rule": RULES, "data": ("x0", "xs")}.items():
+        if getattr(args, name) not in choices:
+            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(choices)}")
+    if args.rule == "threshold" and args.threshold is None:
+        raise InputError("--rule threshold needs --threshold, the least reward to accept")
+    if args.rule == "exponential" and not (args.beta or 0) > 0:
+        raise InputError("--rule exponential needs --beta above 0, in units of the reward")
+    if args.rule == "preference" and args.samples % 2:
+        raise InputError(f"--samples {args.samples}: must be even for --rule preference")
+
+    if args.eta == 0 and (args.probe or args.switch == "auto"):
+        raise InputError("--eta 0: a deterministic sampler has nothing to probe; give --eta above 0, or --switch a level")
+    if args.switch != "auto" and not 0 < _number(args.switch) < 1:
+        raise InputError(f"--switch {args.switch}: must be auto or a level t / T between 0 and 1, both excluded")
+    if args.evaluate and not (Path(args.evaluate) / common.LORA_FILE).is_file():
+        raise InputError(f"--evaluate {args.evaluate}: has no {common.LORA_FILE}; give the folder of a finished run")
+    if args.evaluate and args.switch == "auto":
+        read_switch(args.evaluate)
+
+    prompts = common.read_prompts(args.prompts, "--prompts")
+    if args.eval_prompts or args.prompts == Args.prompts:
+        held_out = common.read_prompts(args.eval_prompts or str(ROOT / "shapes" / "prompts_eval.txt"), "--eval_prompts")
+    else:
+        prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
+    if not prompts or len(held_out) < 2:
+        raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
+    others = [spec for spec in args.eval_rewards.split(",") if spec and spec != args.reward]
+    rewards = [Reward(args.reward, "--reward"), *(Reward(spec, "--eval_rewards") for spec in others)]
+    for reward in rewards:
+        reward.check_prompts(prompts, "--prompts")
+        reward.check_prompts(held_out, "--eval_prompts")
+    return prompts, held_out, rewards
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def schedule_prompts(count, args):
+    """For each round the indices of its prompts: slices of a random order of all prompts, of a new one when too few are left."""
+    per_round = min(args.prompts_per_round, count)
+    rounds = []
+    for r in range(args.rounds):
+        order, place = divmod(r, count // per_round)
+        generator = torch.Generator().manual_seed(derived_seed(args.seed, "prompts", order))
+        rounds.append(torch.randperm(count, generator=generator)[place * per_round : (place + 1) * per_round].tolist())
+    return rounds
+
+
+def describe(args, model, parameters, per_round, held_out, folder):
+    """The checked, derived settings."""
+    rule, kl = args.rule, "estimated in every round"
+    if rule in ("topk", "preference"):
+        rule = f"{args.top_k} best of {args.samples}" if rule == "topk" else "better of two"
+        kl = f"{estimated_kl(torch.zeros(1, args.samples), args.rule, top_k=args.top_k):.2f} nats at most (ties lower it)"
+    of = "base" if args.reference == "base" or args.rounds == 1 else "model of the round"
+    guided = "" if args.guidance == 1 else ", guided loss" if args.guided_loss else ", conditional loss"
+    switch = f"chosen by probing {args.probe_prompts} prompts x 2 states x {args.probe_restarts} restarts at each level"
+    return f"""P-GRAFT -> {folder}
+  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}
+  LoRA       rank {args.lora_rank}, alpha {args.lora_alpha:g}, {args.lora_targets}: {sum(p.numel() for p in parameters):,} parameters
+  sampling   {args.rounds} rounds x {per_round} prompts x {args.samples} = {args.rounds * per_round * args.samples} pictures, \
+{args.steps} steps, guidance {args.guidance:g}, eta {args.eta:g}
+  acceptance {rule} by {args.reward}; KL(accepted || {of}) {kl}
+  switch     {switch if args.switch == "auto" else args.switch}; trained on {args.data} noised to the levels above it
+  update     {args.rounds} rounds x {args.updates} = {args.rounds * args.updates} updates x {args.batch} pictures, lr {args.lr:g}{guided}
+  evaluation {len(held_out)} held-out prompts x {args.eval_samples} pictures, base and tuned on the same seeds"""
+
+
+def main(args, folder_known):
+    prompts, held_out, rewards = prepare(args)
+    model = Model(args.model, args.device, DTYPES[args.dtype])
+    grid = model.timesteps(args.steps)
+    if args.switch != "auto":
+        switch = float(args.switch) * model.train_timesteps
+    else:
+        switch = fitting_switch(args.evaluate, model) if args.evaluate else None  # None: found by the probe
+    if switch is not None and not 0 < switch_step(grid, switch) < args.steps:
+        low, high = (f"{t / model.train_timesteps:g}" for t in (grid[-1], grid[0]))
+        raise InputError(f"--switch {args.switch}: with --steps {args.steps} it must be at least {low} and below {high}")
+    parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
+    if args.evaluate:
+        model.load_lora(args.evaluate)
+    if args.gradient_checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
+    schedule = schedule_prompts(len(prompts), args)
+    folder = common.make_run_folder(args, "pgraft", args.model, args.seed)
+    folder_known(folder)
+    print(describe(args, model, parameters, len(schedule[0]), held_out, folder), flush=True)
+
+    # every prompt's text is computed once, in an order that does not depend on where a run was resumed
+    model.encode(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
+    state = common.load_checkpoint(folder) if args.resume else None
+    if state:
+        for name, parameter in model.lora().items():
+            parameter.data.copy_(state["lora"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    else:
+        state = {"round": 0, "rows": [], "losses": [], "accepted": [], "seconds": 0.0}
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state["round"] + 1)
+    begun = time.perf_counter() - state["seconds"]
+
+    def checkpoint():
+        state.update(lora={n: p.detach().cpu() for n, p in model.lora().items()}, optimizer=optimizer.state_dict())
+        state.update(scaler=scaler.state_dict(), seconds=time.perf_counter() - begun)
+        common.save_checkpoint(folder, state)
+
+    # ------------------------------------------------------------ PROBE
+    if args.probe or switch is None:
+        if "probe" not in state:
+            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(derived_seed(args.seed, "probe")))
+            with model.lora_off():
+                state["probe"] = probe(model, rewards[0], [prompts[i] for i in order[: args.probe_prompts]], args)
+            checkpoint()
+        common.write_csv(folder / "probe.csv", state["probe"])
+        save_probe(folder / "probe.png", state["probe"], args)
+        switch, reason = recommend(state["probe"], args.probe_limit)
+        print("\n  step  timestep  --switch   V(t)   s.e.   (the share of the reward that the state leaves open)")
+        for row in state["probe"]:
+            print("  {step:4d}  {timestep:8d}  {switch:8.3f}  {unresolved:5.2f}  {se:5.2f}".format(**row))
+        print(f"  recommended: --switch {switch / model.train_timesteps:g}, {reason}", flush=True)
+        if args.probe:
+            print(f"\nIn {folder}: probe.csv, probe.png")
+            return
+    switch_at = switch_step(grid, switch)  # steps of the tuned model
+    switch = switch if args.evaluate else grid[switch_at]  # the level of the states that are trained on
+    level_s = model.alpha_sigma(grid[switch_at]) if args.data == "xs" else (1.0, 0.0)
+    print(f"  tuned model for {switch_at} of {args.steps} steps, base model from timestep {grid[switch_at]} on", flush=True)
+
+    # ------------------------------------------------------------ BASELINE
+    base, base_pictures = evaluate(model, rewards, held_out, args, switch_at, False, "evaluate base")
+    print(f"  base       {args.reward} {base[args.reward].mean():.3f} on the held-out prompts", flush=True)
+
+    if args.evaluate:
+        state["tuned"], pictures = evaluate(model, rewards, held_out, args, switch_at, True, "evaluate tuned")
+        common.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
+
+    for r in range(state["round"], 0 if args.evaluate else args.rounds):
+        speed = ""
+        if len(state["accepted"]) == r:  # not so if the run was stopped after it had accepted
+            # ---------------------------------------------------- SAMPLE, SCORE
+            start = time.perf_counter()
+            chosen = torch.tensor(schedule[r]).repeat_interleave(args.samples)  # (prompts x samples,)
+            seeds = [derived_seed(args.seed, r, i, j) for i in schedule[r] for j in range(args.samples)]
+            asked = [prompts[i] for i in chosen]
+            tuned = args.reference == "newest" and r > 0
+            label = f"sample {r + 1}"
+            (x_s, x_0), scores, pictures = sample_and_score(model, rewards[:1], asked, seeds, args, switch_at, tuned, label)
+            speed = f"{len(seeds) / (time.perf_counter() - start):.0f} pictures/s, "
+            reward = scores[args.reward]  # (prompts x samples,)
+            table = reward.view(-1, args.samples)  # (prompts, samples)
+
+            # ---------------------------------------------------- ACCEPT
+            options = {"top_k": args.top_k, "threshold": args.threshold, "beta": args.beta}
+            generator = torch.Generator().manual_seed(derived_seed(args.seed, "accept", r))
+            keys = average_hash(pictures).view(-1, args.samples) if args.dedup else None
+            mask = accept(table, args.rule, **options, reward_max=args.reward_max, keys=keys, generator=generator)
+            groups = table.view(len(table), -1, 2 if args.rule == "preference" else args.samples)  # what a rule ranks
+            flat = (groups.amax(2) == groups.amin(2)) & (args.rule in ("topk", "preference"))  # no reward differs
+            if not args.accept_flat:
+                mask &= ~flat.repeat_interleave(groups.shape[2], 1)
+            index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
+            if len(index) == 0:
+                share = f"{flat.double().mean():.0%} of the groups had equal rewards, the best reward was {reward.max():.4g}"
+                raise InputError(f"--rule {args.rule} accepted nothing: {share}; raise --samples or take another reward")
+            state["accepted"].append({"x_s": x_s[index], "x_0": x_0[index], "prompt": chosen[index], "reward": reward[index]})
+            spread = [diversity(pictures[i : i + args.samples]) for i in range(0, len(pictures), args.samples)]
+            row = {"round": r + 1, "reward_sampled": reward.mean().item(), "reward_accepted": reward[index].mean().item()}
+            row |= {"acceptance_rate": len(index) / len(reward), "flat_groups": flat.double().mean().item()}
+            row |= {"kl": estimated_kl(table, args.rule, **options), "diversity": sum(spread) / len(spread)}
+            row |= {name: values.mean().item() for name, values in scores.items() if name != args.reward}
+            state["rows"].append(row)
+            if args.save_accepted:
+                save_accepted(folder / "accepted", model, state["accepted"], prompts, args)
+            checkpoint()
+
+        # -------------------------------------------------------- UPDATE
+        kept = state["accepted"] if args.accumulate else state["accepted"][-1:]
+        data = torch.cat([a["x_s" if args.data == "xs" else "x_0"] for a in kept])  # (n, c, h, w)
+        about = torch.cat([a["prompt"] for a in kept])  # (n,) indices of prompts
+        generator = torch.Generator().manual_seed(derived_seed(args.seed, "update", r))
+        epochs = math.ceil(args.updates * args.batch / len(data))
+        order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(epochs)])
+        losses = []
+        for update in tqdm(range(args.updates), desc=f"update {r + 1}", leave=False, mininterval=1):
+            index = order[update * args.batch : (update + 1) * args.batch]  # (batch,)
+            x_s = data[index].to(args.device)  # (batch, c, h, w), at level_s
+            noise = torch.randn(x_s.shape, generator=generator).to(args.device)
+            t = torch.randint(switch + 1, model.train_timesteps, (args.batch,), generator=generator).to(args.device)
+            drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout
+            text = model.encode(["" if d else prompts[i] for d, i in zip(drop, about[index])])  # (batch, tokens, width)
+            losses.append(0.0)
+            for part in torch.arange(args.batch).split(args.micro_batch):
+                with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
+                    guidance = args.guidance if args.guided_loss else 1
+                    loss = denoising_loss(model, x_s[part], level_s, text[part], t[part], noise[part], guidance)
+                scaler.scale(loss * len(part) / args.batch).backward()
+                losses[-1] += loss.item() * len(part) / args.batch
+            if not math.isfinite(losses[-1]):
+                raise InputError(f"round {r + 1}, update {update + 1}: loss {losses[-1]}; lower --lr or use --dtype float32")
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+        # -------------------------------------------------------- EVALUATE, LOG
+        row = state["rows"][-1]
+        row |= {"pictures_trained_on": len(data), "loss": sum(losses) / len(losses), "reward_held_out": math.nan}
+        if r + 1 == args.rounds or args.eval_every and (r + 1) % args.eval_every == 0:
+            state["tuned"], pictures = evaluate(model, rewards, held_out, args, switch_at, True, f"evaluate {r + 1}")
+            row["reward_held_out"] = state["tuned"][args.reward].mean().item()
+            common.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
+        state["losses"] += losses
+        state["round"] = r + 1
+        save_switch(folder, model, switch, args)
+        model.save_lora(folder)
+        common.write_csv(folder / "metrics.csv", state["rows"])
+        common.save_curves(folder / "curves.png", state["rows"], state["losses"], base[args.reward].mean().item(), args.reward)
+        for name, value in row.items():
+            writer.add_scalar(name, value, r + 1)
+        checkpoint()
+        left = state["seconds"] / state["round"] * (args.rounds - state["round"])
+        rates = f"{row['acceptance_rate']:.1%}; {row['flat_groups']:.0%} of groups without signal"
+        rewarded = f"reward {row['reward_sampled']:.3f}, accepted {row['reward_accepted']:.3f} ({rates})"
+        held = f"held-out {row['reward_held_out']:.3f}, loss {row['loss']:.4f}"
+        print(f"  round {r + 1}/{args.rounds}  {rewarded}, {held}, {speed}{left:.0f} s left", flush=True)
+    writer.close()
+
+    # ------------------------------------------------------------ SHOW
+    table = paired_table(base, state["tuned"])
+    where = {"steps": args.steps, "switch_at": switch_at, "switch_timestep": switch, "probe": state.get("probe")}
+    results = {"table": table, "seconds": time.perf_counter() - begun, **where}
+    common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    print(f"\n{'held-out prompts':<34}{'base':>9}{'tuned':>9}{'difference':>12}   s.e.   ({args.reward} was optimised)")
+    for row in table:
+        print("{metric:<34}{base:>9.3f}{tuned:>9.3f}{difference:>+12.3f}  {se:.3f}".format(**row))
+    files = "results.json, grid.png" + ("" if args.evaluate else ", the LoRA, pgraft.json, metrics.csv, curves.png")
+    print(f"\n{results['seconds']:.0f} s. In {folder}: {files}. To use the LoRA:\n")
+    weights = Path(args.evaluate or folder).resolve()
+    level = (
+        switch if args.evaluate and args.switch != "auto" else f'json.load(open("{weights}/pgraft.json"))["switch_timestep"]'
+    )
+    name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
+    print(f"""import json, torch; from diffusers import DDIMScheduler, StableDiffusionPipeline
+pipe = StableDiffusionPipeline.from_pretrained({name!r}, dtype=torch.{args.dtype}).to({args.device!r})
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+pipe.load_lora_weights({str(weights)!r})
+switch = {level}
+
+def base_from_the_switch_on(pipe, i, t, kwargs):  # called after step i
+    if i + 1 == (pipe.scheduler.timesteps > switch).sum():
+        pipe.disable_lora()
+    return kwargs
+
+pipe.enable_lora()  # before every call: the last one has switched it off
+pipe({held_out[0]!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, eta={args.eta}, \
+generator=torch.Generator().manual_seed({derived_seed("eval", 0, 0)}), \
+callback_on_step_end=base_from_the_switch_on).images[0].save("tuned.png")""")
+
+
+def save_accepted(folder, model, rounds, prompts, args):
+    """Write the newest round's accepted pictures, then the metadata.jsonl (file_name, text, reward) of all rounds."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for r, accepted in enumerate(rounds):
+        for j, (prompt, reward) in enumerate(zip(accepted["prompt"].tolist(), accepted["reward"].tolist())):
+            rows.append({"file_name": f"round{r + 1:03d}_{j:06d}.png", "text": prompts[prompt], "reward": reward})
+    latents, new = rounds[-1]["x_0"], rows[-len(rounds[-1]["x_0"]) :]
+    for i in range(0, len(new), args.sample_batch):
+        for row, image in zip(new[i:], model.decode(latents[i : i + args.sample_batch])):
+            image.save(folder / row["file_name"])
+    common.write_atomically(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    known = []
+    with common.exit_on_error(
+        lambda: f"Continue with: python pgraft.py --resume {known[0]}" if known else "Nothing was written."
+    ):
+        main(common.parse_arguments(Args), known.append)
