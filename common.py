@@ -248,11 +248,10 @@ class Model:
         return list(self.lora().values())
 
     def load_lora(self, folder: str) -> None:
-        """Load pytorch_lora_weights.safetensors of a run beside the LoRA that add_lora made, and use it in its place."""
+        """Load pytorch_lora_weights.safetensors of a run, in place of add_lora."""
         from safetensors import safe_open
 
         try:
-            self.denoiser.delete_adapters("default")
             self.pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name="default")
             with safe_open(Path(folder) / LORA_FILE, "pt") as file:
                 stored = len(file.keys())
@@ -375,7 +374,14 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 # ---------------------------------------------------------------- pictures of a run
 
 
-def save_grid(path: Path, base: list, tuned: list, prompts: list[str], per_prompt: int) -> None:
+def save_grid(
+    path: Path,
+    base: list,
+    tuned: list,
+    prompts: list[str],
+    per_prompt: int,
+    title: str = "tuned, same seeds (base on the left)",
+) -> None:
     """Up to six prompts, one a row: left the base's pictures, right the tuned model's with the same seeds. Lists prompt by prompt."""
     rows = min(6, len(prompts), len(base) // per_prompt)
     figure = Figure(figsize=(2.2 * per_prompt, 1.35 * rows))
@@ -385,7 +391,7 @@ def save_grid(path: Path, base: list, tuned: list, prompts: list[str], per_promp
             axes[r, c].imshow(base[r * per_prompt + c])
             axes[r, per_prompt + c].imshow(tuned[r * per_prompt + c])
         axes[r, 0].set_title(prompts[r], fontsize=8, loc="left")
-    axes[0, per_prompt].set_title("tuned, same seeds (base on the left)", fontsize=8, loc="left")
+    axes[0, per_prompt].set_title(title, fontsize=8, loc="left")
     for axis in axes.flat:
         axis.set_axis_off()
     save_figure(figure, path)
@@ -404,6 +410,22 @@ def save_curves(path: Path, rows: list[dict], losses: list[float], base: float, 
     left.legend()
     right.plot(losses, linewidth=0.8)
     right.set(xlabel="update", ylabel="denoising loss")
+    save_figure(figure, path)
+
+
+def save_panels(path: Path, panels: list[tuple[str, str, dict]], log_x: bool = False) -> None:
+    """Panels side by side, each (x label, y label, {line: (x, y) or (x, y, standard errors)}); NaN values are left out."""
+    figure = Figure(figsize=(4.5 * len(panels), 3), layout="constrained")
+    for axis, (x_label, y_label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for label, columns in lines.items():
+            kept = zip(*(point for point in zip(*columns) if not np.isnan(point[1])))
+            axis.errorbar(*kept, fmt="o-", markersize=3, linewidth=1, capsize=2, label=label)
+        axis.set(xlabel=x_label, ylabel=y_label)
+        if log_x:
+            ticks = sorted({x for columns in lines.values() for x in columns[0]})
+            axis.set(xscale="log", xticks=ticks, xticklabels=ticks)
+            axis.minorticks_off()
+        axis.legend(fontsize=7)
     save_figure(figure, path)
 
 

@@ -215,15 +215,16 @@ def unresolved_share(rewards):
     """(V, its standard error) of equation (7). rewards: (prompts, states, restarts), at least two of each.
 
     Numerator and denominator are unbiased (analysis of variance: the variance of the states' means contains 1 / restarts of
-    the variance within); the error is the jackknife's over prompts. (nan, nan) if no reward differs.
+    the variance within); the error is the jackknife's over prompts, infinite if rewards differ for one prompt only. (nan, nan) if none differs.
     """
     rewards = rewards.double()
     within = rewards.var(2).mean(1)  # (prompts,)
     total = rewards.mean(2).var(1) + within * (1 - 1 / rewards.shape[2])
     if total.sum() <= 0:
         return math.nan, math.nan
-    left_out = (within.sum() - within) / (total.sum() - total)
-    n = len(rewards)
+    n, left_out = len(rewards), (within.sum() - within) / (total.sum() - total)
+    if not left_out.isfinite().all():
+        return (within.sum() / total.sum()).item(), math.inf
     return (within.sum() / total.sum()).item(), ((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt().item()
 
 
@@ -336,7 +337,7 @@ def probe(model, reward, prompts, args):
 
 def recommend(rows, limit):
     """(timestep of the recommended switch, the reason): the noisiest level with V(t) + its standard error <= limit."""
-    if math.isnan(rows[0]["unresolved"]):
+    if all(math.isnan(row["unresolved"]) for row in rows):
         raise InputError("the probe saw no reward differ; raise --probe_prompts or take another --reward")
     for row in rows:
         if row["unresolved"] + row["se"] <= limit:
@@ -362,7 +363,7 @@ def read_switch(folder):
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return stored | {"switch_timestep": int(stored["switch_timestep"]), "sigma": float(stored["sigma"])}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise InputError(f"{path}: is damaged; give the level with --switch") from None
 
 
@@ -455,8 +456,13 @@ def prepare(args):
     if args.rule == "preference" and args.samples % 2:
         raise InputError(f"--samples {args.samples}: must be even for --rule preference")
 
-    if args.eta == 0 and (args.probe or args.switch == "auto"):
+    if args.probe and args.evaluate:
+        raise InputError("--probe --evaluate: the probe is of the base model and trains nothing; give one of the two")
+    probes = args.probe or args.switch == "auto" and not args.evaluate
+    if probes and args.eta == 0:
         raise InputError("--eta 0: a deterministic sampler has nothing to probe; give --eta above 0, or --switch a level")
+    if probes and args.steps < 2:
+        raise InputError(f"--steps {args.steps}: no level lies between noise and picture; give at least 2")
     if args.switch != "auto" and not 0 < _number(args.switch) < 1:
         raise InputError(f"--switch {args.switch}: must be auto or a level t / T between 0 and 1, both excluded")
     if args.evaluate and not (Path(args.evaluate) / common.LORA_FILE).is_file():
@@ -521,16 +527,13 @@ def main(args, folder_known):
     prompts, held_out, rewards = prepare(args)
     model = Model(args.model, args.device, DTYPES[args.dtype])
     grid = model.timesteps(args.steps)
-    if args.switch != "auto":
-        switch = float(args.switch) * model.train_timesteps
-    else:
-        switch = fitting_switch(args.evaluate, model) if args.evaluate else None  # None: found by the probe
+    if args.evaluate:
+        return evaluate_run(args, model, grid, held_out, rewards, folder_known)
+    switch = None if args.switch == "auto" else float(args.switch) * model.train_timesteps  # None: the probe will say
     if switch is not None and not 0 < switch_step(grid, switch) < args.steps:
         low, high = (f"{t / model.train_timesteps:g}" for t in (grid[-1], grid[0]))
         raise InputError(f"--switch {args.switch}: with --steps {args.steps} it must be at least {low} and below {high}")
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
-    if args.evaluate:
-        model.load_lora(args.evaluate)
     if args.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
@@ -576,19 +579,15 @@ def main(args, folder_known):
             print(f"\nIn {folder}: probe.csv, probe.png")
             return
     switch_at = switch_step(grid, switch)  # steps of the tuned model
-    switch = switch if args.evaluate else grid[switch_at]  # the level of the states that are trained on
-    level_s = model.alpha_sigma(grid[switch_at]) if args.data == "xs" else (1.0, 0.0)
-    print(f"  tuned model for {switch_at} of {args.steps} steps, base model from timestep {grid[switch_at]} on", flush=True)
+    switch = grid[switch_at]  # the level of the states, and what is stored
+    level_s = model.alpha_sigma(switch) if args.data == "xs" else (1.0, 0.0)
+    print(f"  tuned model for {switch_at} of {args.steps} steps, base model from timestep {switch} on", flush=True)
 
     # ------------------------------------------------------------ BASELINE
     base, base_pictures = evaluate(model, rewards, held_out, args, switch_at, False, "evaluate base")
     print(f"  base       {args.reward} {base[args.reward].mean():.3f} on the held-out prompts", flush=True)
 
-    if args.evaluate:
-        state["tuned"], pictures = evaluate(model, rewards, held_out, args, switch_at, True, "evaluate tuned")
-        common.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
-
-    for r in range(state["round"], 0 if args.evaluate else args.rounds):
+    for r in range(state["round"], args.rounds):
         speed = ""
         if len(state["accepted"]) == r:  # not so if the run was stopped after it had accepted
             # ---------------------------------------------------- SAMPLE, SCORE
@@ -683,18 +682,51 @@ def main(args, folder_known):
     # ------------------------------------------------------------ SHOW
     table = paired_table(base, state["tuned"])
     where = {"steps": args.steps, "switch_at": switch_at, "switch_timestep": switch, "probe": state.get("probe")}
-    results = {"table": table, "seconds": time.perf_counter() - begun, **where}
+    common.write_atomically(
+        folder / "results.json", json.dumps({"table": table, "seconds": state["seconds"], **where}, indent=2) + "\n"
+    )
+    print_table(table, args)
+    print(
+        f"\n{state['seconds']:.0f} s. In {folder}: LoRA, pgraft.json, results.json, metrics.csv, grid.png, curves.png. To use it:\n"
+    )
+    print_snippet(folder.resolve(), None, held_out[0], args)
+
+
+def evaluate_run(args, model, grid, held_out, rewards, folder_known):
+    """--evaluate: base and tuned on the held-out prompts, at any number of steps, without training."""
+    begun = time.perf_counter()
+    given = None if args.switch == "auto" else float(args.switch) * model.train_timesteps
+    switch = given or fitting_switch(args.evaluate, model)
+    switch_at = switch_step(grid, switch)
+    if switch_at == 0:
+        raise InputError(f"--steps {args.steps}: no step starts above the switch, timestep {switch:g}; give more")
+    model.load_lora(args.evaluate)
+    folder = common.make_run_folder(args, "pgraft_evaluate", args.model, args.seed)
+    folder_known(folder)
+    print(f"P-GRAFT, evaluation of {args.evaluate} -> {folder}")
+    print(f"  tuned model for {switch_at} of {args.steps} steps, base model from timestep {switch:g} on", flush=True)
+    base, base_pictures = evaluate(model, rewards, held_out, args, switch_at, False, "evaluate base")
+    tuned, pictures = evaluate(model, rewards, held_out, args, switch_at, True, "evaluate tuned")
+    common.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
+    table, seconds = paired_table(base, tuned), time.perf_counter() - begun
+    results = {"table": table, "seconds": seconds, "steps": args.steps, "switch_at": switch_at, "switch_timestep": switch}
     common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    print_table(table, args)
+    print(f"\n{seconds:.0f} s. In {folder}: results.json, grid.png. To use the LoRA:\n")
+    print_snippet(Path(args.evaluate).resolve(), given, held_out[0], args)
+
+
+def print_table(table, args):
+    """Base and tuned, every metric."""
     print(f"\n{'held-out prompts':<34}{'base':>9}{'tuned':>9}{'difference':>12}   s.e.   ({args.reward} was optimised)")
     for row in table:
         print("{metric:<34}{base:>9.3f}{tuned:>9.3f}{difference:>+12.3f}  {se:.3f}".format(**row))
-    files = "results.json, grid.png" + ("" if args.evaluate else ", the LoRA, pgraft.json, metrics.csv, curves.png")
-    print(f"\n{results['seconds']:.0f} s. In {folder}: {files}. To use the LoRA:\n")
-    weights = Path(args.evaluate or folder).resolve()
-    level = (
-        switch if args.evaluate and args.switch != "auto" else f'json.load(open("{weights}/pgraft.json"))["switch_timestep"]'
-    )
+
+
+def print_snippet(weights, switch, prompt, args):
+    """The evaluation's first picture in stock diffusers. weights: folder of the LoRA; switch: a timestep, None: pgraft.json's."""
     name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
+    level = switch or f'json.load(open({str(weights / "pgraft.json")!r}))["switch_timestep"]'
     print(f"""import json, torch; from diffusers import DDIMScheduler, StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained({name!r}, dtype=torch.{args.dtype}).to({args.device!r})
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
@@ -707,7 +739,7 @@ def base_from_the_switch_on(pipe, i, t, kwargs):  # called after step i
     return kwargs
 
 pipe.enable_lora()  # before every call: the last one has switched it off
-pipe({held_out[0]!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, eta={args.eta}, \
+pipe({prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, eta={args.eta}, \
 generator=torch.Generator().manual_seed({derived_seed("eval", 0, 0)}), \
 callback_on_step_end=base_from_the_switch_on).images[0].save("tuned.png")""")
 

@@ -92,7 +92,7 @@ def tables(results: Path, arms: list[str]) -> None:
             continue
         tables = [{row["metric"]: row for row in r["table"]} for r in records]
         reward = records[0]["table"][0]["metric"]
-        if arm == arms[0]:
+        if not by_round:
             print("| base | " + " | ".join(f"{tables[0][m]['base']:.3f}" for m in METRICS) + " | |")
         cells = [mean_and_se([t[m]["tuned"] for t in tables]) for m in METRICS]
         print(f"| {arm} ({len(records)}) | " + " | ".join(cells) + f" | {np.mean([r['seconds'] for r in records]):.0f} |")

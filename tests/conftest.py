@@ -1,9 +1,17 @@
 """Tiny stable diffusion pipelines with random weights, and ways to run the script on them."""
 
 import contextlib
+import copy
+import csv
+import functools
+import importlib
 import io
+import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +20,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -19,6 +28,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is importe
 
 import torch  # noqa: E402
 
+from common import LORA_FILE, Model  # noqa: E402
 from shapes.train import TOKENS, make_tokenizer  # noqa: E402
 
 PROMPTS = [
@@ -26,6 +36,7 @@ PROMPTS = [
     "a green square above a red circle",
     "a blue square below a red square",
 ]
+SEEDS = [11, 12, 13]
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -103,6 +114,12 @@ def tiny_v(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def models(tiny_epsilon, tiny_v):
+    """Base models, for tests that do not change them."""
+    return {kind: Model(name, "cpu", torch.float32) for kind, name in (("epsilon", tiny_epsilon), ("v", tiny_v))}
+
+
+@pytest.fixture(scope="session")
 def prompt_files(tmp_path_factory) -> SimpleNamespace:
     """Names of small prompt files, `train` and `held_out`."""
     folder = tmp_path_factory.mktemp("prompts")
@@ -149,3 +166,143 @@ def assert_same_pictures(some, others):
     for one, other in zip(some, others, strict=True):
         gap = np.abs(np.asarray(one, int) - np.asarray(other, int))
         assert gap.max() <= 1 and (gap > 0).mean() <= 1e-3
+
+
+def assert_one_line(code, error, named):
+    assert code == 2, error
+    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
+    assert named in error
+
+
+# ---------------------------------------------------------------- draws
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_mean(values, expected, sigmas=4.5):
+    """The mean of independent values is `expected`, within its standard error."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    assert abs(values.mean() - expected) <= sigmas * values.std() / len(values) ** 0.5 + 1e-12
+
+
+# ---------------------------------------------------------------- LoRA, stock pipeline
+
+
+def with_lora(model, targets, rank=8, alpha=4):
+    model = copy.deepcopy(model)
+    model.add_lora(rank, alpha, targets, seed=0)
+    return model
+
+
+def randomise(model, scale=0.2):
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.lora().values():
+        parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def stock_pipeline(folder, dtype=torch.float32):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def stock(pipeline, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=1.0, output="latent", **more):
+    """Latents, or PIL pictures, by the stock pipeline."""
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "eta": eta, "output_type": output} | more
+    return pipeline(prompts, generator=generators, **options).images
+
+
+def difference(a, b):
+    """Largest difference in units of the latents' scale."""
+    return ((a - b).abs().max() / b.std()).item()
+
+
+# ---------------------------------------------------------------- what a run wrote
+
+
+def read_metrics(folder):
+    return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+
+
+def read_scalars(folder):
+    """{tag: [(step, value)]} of the tensorboard events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_same_run(folder, other):
+    """Every file of the run `other` stands in `folder` with the same content; times and the checkpoint's bytes are not compared."""
+    for path in (p for p in other.rglob("*") if p.is_file() and p.name != "checkpoint.pt"):
+        again = folder / path.relative_to(other)
+        if path.name == LORA_FILE:  # its bytes may differ, the metadata is in no fixed order
+            from safetensors.torch import load_file
+
+            weights, expected = load_file(again), load_file(path)
+            assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n]) for n in expected)
+        elif path.name == "results.json":
+            assert json.loads(again.read_text()) | {"seconds": 0} == json.loads(path.read_text()) | {"seconds": 0}
+        elif path.suffix == ".png":
+            assert np.array_equal(Image.open(again), Image.open(path)), path.name
+        elif path.parent.name != "tensorboard":
+            assert again.read_bytes() == path.read_bytes(), path.name
+    scalars, expected_scalars = read_scalars(folder), read_scalars(other)
+    for tag, points in expected_scalars.items():
+        assert np.array_equal(scalars[tag], points, equal_nan=True), tag
+
+
+# ---------------------------------------------------------------- processes that may be killed
+
+
+@functools.cache
+def forkserver():
+    """Starts processes that have imported torch and the scripts already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["graft", "pgraft", "conftest", "diffusers", "peft"])
+    before = os.environ.get("PYTHONPATH")
+    # Python 3.11 preloads without sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    multiprocessing.forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH")
+    if before:
+        os.environ["PYTHONPATH"] = before
+    return context
+
+
+def run_until(argv, script, cwd, killer):
+    """In a new process: run the script; kill -9 it before the n-th call of killer = (module, name, n)."""
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    if killer:
+        module, name, n = killer
+        owner = importlib.import_module(module)
+        original, calls = getattr(owner, name), []
+
+        def kill_at_call(*args, **options):
+            calls.append(1)
+            if len(calls) == n:
+                if name == "fsync":  # half of the file is written
+                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **options)
+
+        setattr(owner, name, kill_at_call)
+    code, out, error = run_inside(argv, script)
+    Path("output.txt").write_text(out + error)
+    sys.exit(code)
+
+
+def exit_code(argv, cwd, killer=None, script="graft.py"):
+    """Of a run in a process of its own; what it printed is in output.txt."""
+    process = forkserver().Process(target=run_until, args=(argv, script, str(cwd), killer))
+    process.start()
+    process.join(120)
+    return process.exitcode

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_inside, run_script
+from conftest import assert_one_line, run_inside, run_script
 
 import common
 from common import read_prompts
@@ -132,27 +132,23 @@ def files(tmp_path_factory):
     return folder
 
 
-def assert_one_line(code, error, named):
-    assert code == 2, error
-    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
-    assert named in error
-
-
+@pytest.mark.parametrize("script", ["graft.py", "pgraft.py"])
 @pytest.mark.parametrize("arguments", [*CASES, *RESUMED])
-def test_bad_input_is_found_before_the_model_loads(arguments, files, tiny_arguments, tmp_path, monkeypatch):
+def test_bad_input_is_found_before_the_model_loads(arguments, script, files, tiny_arguments, tmp_path, monkeypatch):
     if arguments == "--device cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     monkeypatch.setattr(common, "Model", lambda *_: pytest.fail("the model is loaded"))
     monkeypatch.chdir(tmp_path)
     before = sorted(files.rglob("*"))
     argv = arguments.replace("@", str(files)).split()
-    code, _, error = run_inside([*tiny_arguments, *argv] if arguments in CASES else argv)
+    code, _, error = run_inside([*tiny_arguments, *argv] if arguments in CASES else argv, script)
     assert_one_line(code, error, (CASES | RESUMED)[arguments])
     assert not list(tmp_path.iterdir())
     assert [p for p in sorted(files.rglob("*")) if "__pycache__" not in p.parts] == before
 
 
-def test_the_cases_are_bad_for_their_own_reason(tiny_arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", ["graft.py", "pgraft.py"])
+def test_the_cases_are_bad_for_their_own_reason(script, tiny_arguments, tmp_path, monkeypatch):
     """The arguments to which the cases are added are good."""
 
     class Reached(Exception):
@@ -164,7 +160,7 @@ def test_the_cases_are_bad_for_their_own_reason(tiny_arguments, tmp_path, monkey
     monkeypatch.setattr(common, "Model", model)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Reached):
-        run_inside(tiny_arguments)
+        run_inside(tiny_arguments, script)
 
 
 @pytest.mark.parametrize("arguments", ["--prompts missing.txt", "--roundz 3"])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import assert_mean, seeded
 
 from graft import (
     accept,
@@ -23,19 +24,9 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(300)
 NODES, WEIGHTS = (NODES + 1) / 2, WEIGHTS / 2  # quadrature on [0, 1]
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def uniform(rows, columns, seed=100):
     """Rewards that are their own quantiles, float64 so that none tie."""
     return torch.rand(rows, columns, generator=seeded(seed), dtype=torch.float64)
-
-
-def assert_mean(values, expected, sigmas=4.5):
-    """The mean of independent values is `expected`, within its standard error."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    assert abs(values.mean() - expected) <= sigmas * values.std() / len(values) ** 0.5 + 1e-12
 
 
 def assert_frequency(hits, chance, sigmas=4.5):

@@ -6,19 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, assert_same_pictures, run_inside
+from conftest import PROMPTS, SEEDS, assert_same_pictures, difference, randomise, run_inside, stock, stock_pipeline, with_lora
 
 import graft
 from common import InputError, Model
 from rewards import Reward
-
-SEEDS = [11, 12, 13]
-
-
-@pytest.fixture(scope="module")
-def models(tiny_epsilon, tiny_v):
-    """Base models, for tests that do not change them."""
-    return {kind: Model(name, "cpu", torch.float32) for kind, name in (("epsilon", tiny_epsilon), ("v", tiny_v))}
 
 
 @pytest.fixture
@@ -29,43 +21,10 @@ def tuned(models):
     return model
 
 
-def with_lora(model, targets, rank=8, alpha=4):
-    model = copy.deepcopy(model)
-    model.add_lora(rank, alpha, targets, seed=0)
-    return model
-
-
-def randomise(model, scale=0.2):
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.lora().values():
-        parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
-
-
 def ours(model, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=1.0):
     """Latents by graft.sample."""
     noise = graft.draw_noise(seeds, steps, model.latent_shape, model.dtype)
     return graft.sample(model, noise, model.encode(prompts), guidance, eta)
-
-
-def stock_pipeline(folder, dtype=torch.float32):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def stock(pipeline, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=1.0, output="latent"):
-    """Latents, or PIL pictures, by the stock pipeline."""
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "eta": eta, "output_type": output}
-    return pipeline(prompts, generator=generators, **options).images
-
-
-def difference(a, b):
-    """Largest difference in units of the latents' scale."""
-    return ((a - b).abs().max() / b.std()).item()
 
 
 # ---------------------------------------------------------------- sampling

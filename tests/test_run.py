@@ -1,10 +1,6 @@
 """Whole runs of graft.py on a tiny pipeline: what they write; a killed one continues as if nothing had happened."""
 
-import csv
-import importlib
 import json
-import multiprocessing
-import os
 import re
 import shutil
 import signal
@@ -16,25 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_same_pictures, environment, run_inside, run_script
+from conftest import (
+    ROOT,
+    assert_same_pictures,
+    assert_same_run,
+    environment,
+    exit_code,
+    read_metrics,
+    read_scalars,
+    run_inside,
+    run_script,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+from common import LORA_FILE
+
 ALL = ["--lora_targets", "all", "--save_accepted"]
-
-
-def read_metrics(folder):
-    return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-
-
-def read_scalars(folder):
-    """{tag: [(step, value)]} of the tensorboard events."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 # ---------------------------------------------------------------- one run, in a process of its own
@@ -119,71 +113,12 @@ def test_accepted_pictures(finished, prompt_files):
 
 # ---------------------------------------------------------------- killed and resumed
 
-forkserver = multiprocessing.get_context("forkserver")  # imports torch and the script once for all killed runs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def preload():
-    before = os.environ.get("PYTHONPATH")
-    # Python 3.11 preloads without sys.path
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    forkserver.set_forkserver_preload(["graft", "conftest", "diffusers", "peft"])
-    yield
-    os.environ.pop("PYTHONPATH")
-    if before:
-        os.environ["PYTHONPATH"] = before
-
-
-def run_until(argv, cwd, killer):
-    """In a new process: run the script; kill -9 it before the n-th call of killer = (module, name, n)."""
-    os.chdir(cwd)
-    torch.set_num_threads(1)
-    if killer:
-        module, name, n = killer
-        owner = importlib.import_module(module)
-        original, calls = getattr(owner, name), []
-
-        def kill_at_call(*args, **options):
-            calls.append(1)
-            if len(calls) == n:
-                if name == "fsync":  # half of the file is written
-                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **options)
-
-        setattr(owner, name, kill_at_call)
-    code, out, error = run_inside(argv)
-    Path("output.txt").write_text(out + error)
-    sys.exit(code)
-
-
-def exit_code(argv, cwd, killer=None):
-    process = forkserver.Process(target=run_until, args=(argv, str(cwd), killer))
-    process.start()
-    process.join(120)
-    return process.exitcode
-
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_arguments, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("uninterrupted")
     assert exit_code([*tiny_arguments, *ALL, "--output", "run"], cwd) == 0, (cwd / "output.txt").read_text()
     return cwd / "run"
-
-
-def assert_same_run(folder, other):
-    weights, expected = load_file(folder / LORA_FILE), load_file(other / LORA_FILE)
-    assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n]) for n in expected)
-    for name in ("metrics.csv", "accepted/metadata.jsonl"):
-        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
-    pictures = [p.relative_to(other) for p in (other / "accepted").glob("*.png")]
-    for name in ("grid.png", "curves.png", *pictures):
-        assert np.array_equal(Image.open(folder / name), Image.open(other / name)), name
-    table, expected_table = (json.loads((f / "results.json").read_text())["table"] for f in (folder, other))
-    assert table == expected_table
-    scalars, expected_scalars = read_scalars(folder), read_scalars(other)
-    for tag, points in expected_scalars.items():
-        assert np.array_equal(scalars[tag], points, equal_nan=True), tag
 
 
 def test_same_arguments_same_run(finished, uninterrupted):
