@@ -1,0 +1,123 @@
+"""Every noise PPO row of the README: arms x seeds of noise_ppo.py on the embedded model, each an ordinary command, two at a time.
+
+Run: python benchmarks/noise_ppo_shapes.py            (everything that benchmarks/results/noise_ppo lacks, then the tables)
+     python benchmarks/noise_ppo_shapes.py --tables   (only the tables, from the stored results)
+     python benchmarks/noise_ppo_shapes.py --arms conditional mean_only --seeds 0 1 2
+Arms "valid_..." hold out benchmarks/prompts_valid.txt, a part of the training prompts: settings may be chosen on them only.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "noise_ppo"
+VALID = ["--prompts", "benchmarks/prompts_tune.txt", "--eval_prompts", "benchmarks/prompts_valid.txt"]
+SHORT = ["--eval_steps", "4,40", "--no-controls"]
+ARMS = {
+    "conditional": [],
+    "unconditional": ["--policy", "unconditional"],
+    "mean_only": ["--mean_only"],
+    "std_only": ["--std_only"],
+    **{f"kl_{weight}": ["--kl_weight", weight, *SHORT] for weight in ("0", "0.001", "0.01", "0.02", "0.05")},
+    "sum": ["--reduction", "sum", "--clip", "0.256", *SHORT],  # 256 numbers in a latent: the same clip, in nats
+    "mean_clip_0.2": ["--clip", "0.2", *SHORT],  # averaged over 256 numbers a ratio hardly ever gets that far
+    "sum_clip_100": ["--reduction", "sum", "--clip", "100", *SHORT],
+    "valid_conditional": VALID,
+    "valid_mean_only": [*VALID, "--mean_only"],
+}
+TRAINING = "clip_fraction approximate_kl explained_variance kl_per_dimension mean_rms mean_rms_own std std_spread".split()
+
+
+def run(arm: str, seed: int) -> None:
+    """One training run -> RESULTS/<arm>__<seed>.json with its command, tables and rows."""
+    target = RESULTS / f"{arm}__{seed}.json"
+    if target.exists():
+        return
+    command = ["python", "noise_ppo.py", "--seed", str(seed), *ARMS[arm]]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        output = f"{folder}/run"
+        done = subprocess.run(
+            [sys.executable, *command[1:], "--output", output], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+            return
+        results = json.loads(Path(output, "results.json").read_text())
+        with open(Path(output, "metrics.csv"), newline="") as file:
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        if seed == 0:
+            for name in ("grid.png", "curves.png", "gain.png"):
+                (RESULTS / f"{arm}__{name}").write_bytes(Path(output, name).read_bytes())
+    hardware = f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time on two cores"
+    record = {"command": " ".join(command), "seed": seed, "hardware": hardware, **results, "iterations": rows}
+    target.write_text(json.dumps(record, indent=1) + "\n")
+    gains = ", ".join(f"{row['steps']}: {row['gain']:+.3f}" for row in results["by_steps"])
+    print(f"{arm} {seed}: gain at steps {gains}; {results['seconds']:.0f} s", flush=True)
+
+
+def tables(arms: list[str]) -> None:
+    """Markdown, means over seeds +- standard error over seeds: reward by steps, gain by steps, diversity, and the training."""
+    stored = {arm: [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{arm}__[0-9]*.json"))] for arm in arms}
+    stored = {arm: records for arm, records in stored.items() if records}
+    if not stored:
+        return
+    first = next(iter(stored.values()))
+    steps = [row["steps"] for row in first[0]["by_steps"]]
+
+    def by_steps(records, value):
+        """One cell for each of `steps`; empty where the run was not evaluated."""
+        for n in steps:
+            rows = [row for record in records for row in record["by_steps"] if row["steps"] == n]
+            yield mean_and_se([value(row) for row in rows]) if rows and value(rows[0]) is not None else ""
+
+    def table(title, lines):
+        print(f"\n| {title} | " + " | ".join(map(str, steps)) + " |\n" + "|---" * (len(steps) + 1) + "|")
+        for name, cells in lines.items():
+            print(f"| {name} | " + " | ".join(cells) + " |")
+
+    same = [name for name in first[0]["by_steps"][0] if name in ("standard", "temperature") or name.startswith("best_of")]
+    lines = {name: by_steps(first[:1], lambda row, name=name: row[name]) for name in same}  # training has no part in these
+    lines["one for all (mean of the conditional policies)"] = by_steps(first, lambda row: row.get("one_for_all"))
+    lines |= {f"{arm} ({len(records)})": by_steps(records, lambda row: row["learnt"]) for arm, records in stored.items()}
+    table("held-out reward at steps", lines)
+    table("gain at steps", {arm: by_steps(r, lambda row: row["gain"]) for arm, r in stored.items()})
+    table(
+        "share of diversity kept at steps", {arm: by_steps(r, lambda row: row["diversity_kept"]) for arm, r in stored.items()}
+    )
+    print("\n| training, mean over iterations | " + " | ".join(TRAINING) + " | held-out KL per dimension | seconds |")
+    print("|---" * (len(TRAINING) + 3) + "|")
+    for arm, records in stored.items():
+        cells = [mean_and_se([np.mean([row[name] for row in r["iterations"]]) for r in records]) for name in TRAINING]
+        cells += [mean_and_se([r["kl_per_dimension"] for r in records]), f"{np.mean([r['seconds'] for r in records]):.0f}"]
+        print(f"| {arm} | " + " | ".join(cells) + " |")
+
+
+def mean_and_se(values) -> str:
+    """Mean, and its standard error if there is more than one value."""
+    values = np.array(values)
+    se = f" ± {values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{se}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tables", action="store_true")
+    options = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not options.tables:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda job: run(*job), [(a, s) for s in options.seeds for a in options.arms]))
+    tables(options.arms)

@@ -1,0 +1,580 @@
+"""Noise PPO: the model stays frozen; a policy over its initial noise is learnt by PPO against a black-box reward.
+Paper: "A Minimalist Method for Fine-tuning Text-to-Image Diffusion Models", arXiv 2506.12036.   Run: python noise_ppo.py
+
+Notation  c the prompt; z the initial noise (a latent of D numbers); x(z, c) the picture, a deterministic function of both; r(x, c)
+          the reward; policy pi(z | c) = N(mu(c), diag sigma(c)^2); rho = pi(z | c) / pi_old(z | c); A the advantage; eps ~ N(0, I).
+Equations (1) z = mu(c) + sigma(c) eps                    at the start mu = 0, sigma = 1: exactly the standard noise
+          (2) log pi(z | c) = sum or mean over D of  -((z - mu) / sigma)^2 / 2 - log sigma - log(2 pi) / 2
+          (3) A = (r - mean of r over the prompt's pictures) / standard deviation over the batch
+          (4) loss  -E min(rho A, clip(rho, 1 - delta, 1 + delta) A) + beta KL
+          (5) KL(pi || N(0, I)) = sum over D of  (mu^2 + sigma^2 - 1 - log sigma^2) / 2
+Choices that the paper leaves open: log pi and KL are both means over D (--reduction sum: both sums; the gradient at rho = 1 is the
+same but for the factor D, so beta keeps its meaning, and only delta acts on another scale); steps are spaced "trailing" and divide
+the training steps, so that every number of steps starts at the same noise level and the same z means the same thing.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+try:  # training needs these; to load and use what was learnt this file is enough
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+    import common
+    from common import DTYPES, InputError, Model, derived_seed
+    from rewards import Reward, diversity, image_statistics
+except ImportError:
+    if __name__ == "__main__":
+        raise
+
+ROOT = Path(__file__).resolve().parent
+AT_LEAST_ONE = "iterations prompts_per_iteration samples guidance sample_batch epochs minibatch hidden grid".split()
+TEMPERATURES = (0.4, 0.6, 0.8, 1.0)  # the control s eps: the best s on training prompts
+CHOICES = {
+    "policy": ("conditional", "unconditional"),
+    "normalise": ("batch", "prompt", "none"),
+    "reduction": ("mean", "sum"),
+}
+DEFAULTS = {  # settings left out on the command line: (embedded shapes model, any other model)
+    "reward": ("shapes_strict", "jpeg_compressibility"),
+    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", "jpeg_compressibility"),
+    "guidance": (1.0, 7.5),
+    "clip": (1e-3, 1e-4),
+    "sample_batch": (64, 8),
+}
+
+
+@dataclass
+class Args:
+    """Noise PPO: learn the initial noise of a frozen model by PPO."""
+
+    seed: int = 0  # seed of the training run; evaluation pictures do not depend on it
+    output: str = ""  # run folder; left out: runs/<script>__<model>__<seed>__<time>
+    resume: str = ""  # run folder to continue; every other argument is taken from it
+    device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
+    dtype: str = "float32"  # precision of the frozen model: float32, bfloat16 or float16; the policy is always float32
+
+    model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a StableDiffusionPipeline (1.x, 2.x)
+    prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv or .jsonl (column `prompt`)
+    eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
+    eval_samples: int = 4  # pictures per held-out prompt
+    eval_every: int = 10  # iterations between evaluations at --steps; 0: only before and after
+    eval_steps: str = "4,5,10,20,40"  # numbers of DDIM steps of the final evaluation
+    controls: bool = True  # evaluate s eps and the policy's mean over prompts too; --no-controls: save the time
+
+    steps: int = 4  # DDIM steps while training; must divide the model's training steps
+    guidance: float | None = None  # classifier-free guidance scale, 1 is none (1; other models 7.5)
+    sample_batch: int | None = None  # pictures sampled at a time; no picture depends on it (64; other models 8)
+
+    reward: str | None = None  # to maximise: name of rewards.py, file.py:function, weighted sum (shapes_strict; others JPEG)
+    eval_rewards: str | None = None  # rewards reported too, separated by commas (the shapes ones and JPEG; others JPEG)
+
+    iterations: int = 60  # times to sample and update
+    prompts_per_iteration: int = 64  # prompts sampled in an iteration, none twice
+    samples: int = 8  # pictures per prompt, whose mean reward is the baseline
+    normalise: str = "batch"  # standard deviation that divides the advantage: batch, prompt or none
+    epochs: int = 2  # passes over an iteration's pictures
+    minibatch: int = 256  # pictures per optimiser update
+    clip: float | None = None  # delta of equation (4), in keeping with the latent's size (1e-3; other models 1e-4)
+    reduction: str = "mean"  # of log-density and KL over the latent's D numbers: mean or sum
+    kl_weight: float = 0.005  # beta of equation (4), advantage per nat
+    lr: float = 6e-3  # AdamW learning rate, falls linearly to 0
+
+    policy: str = "conditional"  # conditional, or unconditional: one mu and one sigma for all prompts
+    mean_only: bool = False  # sigma stays 1
+    std_only: bool = False  # mu stays 0
+    hidden: int = 64  # width of the policy's two layers
+    grid: int = 4  # mu and log sigma are predicted on a grid x grid, enlarged bilinearly
+
+
+# ================================================================ equations: tensors in, tensors out
+
+
+def log_prob(z, mean, log_std, reduction):
+    """log N(z; mean, diag exp(log_std)^2), equation (2). All (batch, ...) -> (batch,), nats ("sum") or nats per dimension ("mean")."""
+    if reduction not in CHOICES["reduction"]:
+        raise ValueError(f"reduction {reduction!r} must be mean or sum")
+    each = -0.5 * ((z - mean) * (-log_std).exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+    return getattr(each.flatten(1), reduction)(1)
+
+
+def kl_to_standard_normal(mean, log_std):
+    """KL(N(mean, diag exp(log_std)^2) || N(0, I)) in nats, equation (5). Both (batch, ...) -> (batch,)."""
+    return (0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std).flatten(1).sum(1)
+
+
+def ppo_loss(log_prob_new, log_prob_old, advantage, clip):
+    """PPO's clipped objective (arXiv 1707.06347, equation 7), negated. All (batch,) -> scalar to minimise, the batch's mean."""
+    ratio = (log_prob_new - log_prob_old).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+
+
+def advantages(rewards, prompt_ids, normalise="batch"):
+    """Equation (3). rewards, prompt_ids (any integers): (batch,) -> (batch,). Rewards that do not differ give 0, never NaN.
+
+    normalise: what divides the centred rewards, their root mean square over the "batch" (then A has variance 1) or over the
+    "prompt" (a prompt with little spread weighs as much as any), or "none".
+    """
+    _, place, count = prompt_ids.unique(return_inverse=True, return_counts=True)
+
+    def prompt_mean(values):
+        return (torch.zeros_like(values[: len(count)]).index_add(0, place, values) / count)[place]
+
+    centred = rewards - prompt_mean(rewards)
+    square = {"batch": centred.square().mean(), "prompt": prompt_mean(centred.square()), "none": torch.ones_like(rewards)}[
+        normalise
+    ]
+    return centred / square.sqrt().clamp(min=1e-6)
+
+
+# ================================================================ policy
+
+
+class NoisePolicy(torch.nn.Module):
+    """pi(z | c), equation (1), on the frozen text encoder's token states (batch, tokens, width).
+
+    Two layers on the standardised, flattened states, then mu and log sigma on a coarse grid, enlarged bilinearly to any latent
+    size. The last layer starts at zero: N(0, I) exactly. In use:  policy = NoisePolicy.load(folder, pipe);
+    pipe(prompt, latents=policy.sample(prompt)), with the scheduler and the settings in noise_ppo.json.
+    """
+
+    def __init__(self, tokens, width, latent_shape, hidden=64, grid=4, policy="conditional", mean_only=False, std_only=False):
+        super().__init__()
+        channels, *self.size = latent_shape
+        self.latent_shape = tuple(latent_shape)
+        self.grid = [min(grid, side) for side in self.size]
+        self.conditional, self.on = policy == "conditional", (not std_only, not mean_only)
+        self.register_buffer("centre", torch.zeros(tokens, width))
+        self.register_buffer("scale", torch.ones(tokens, width))
+        self.body = torch.nn.Sequential()
+        for inputs in (tokens * width, hidden):
+            self.body.extend([torch.nn.Linear(inputs, hidden), torch.nn.LayerNorm(hidden), torch.nn.GELU()])
+        self.head = torch.nn.Linear(hidden, 2 * channels * math.prod(self.grid))
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def standardise(self, text):
+        """Take centre and scale of each text state from the training prompts' (n, tokens, width): else all prompts look alike."""
+        self.centre.copy_(text.float().mean(0))
+        self.scale.copy_(1 / (text.float().std(0, correction=0) + 1e-2))
+
+    def forward(self, text):
+        """text: (batch, tokens, width) -> (mean, log_std), each (batch, channels, height, width), float32."""
+        features = (text.float() - self.centre) * self.scale * self.conditional  # (batch, tokens, width)
+        coarse = self.head(self.body(features.flatten(1))).unflatten(1, (-1, *self.grid))  # (batch, 2 channels, grid, grid)
+        mean, log_std = torch.nn.functional.interpolate(coarse, self.size, mode="bilinear").chunk(2, 1)
+        return mean * self.on[0], log_std * self.on[1]
+
+    @torch.no_grad()
+    def sample(self, prompt, generator=None):
+        """Latents (n, channels, height, width) for a stock pipeline's `latents=`. prompt: string or list of n; generator: as there."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        text = self.pipe.encode_prompt(prompts, self.pipe.device, 1, False)[0]
+        eps = randn_tensor((len(prompts), *self.latent_shape), generator, self.pipe.device, text.dtype)
+        mean, log_std = self(text)
+        return (mean + log_std.exp() * eps).to(text.dtype)
+
+    def save(self, folder, settings):
+        """Write policy.safetensors and noise_ppo.json; settings["policy"] holds the arguments of this class."""
+        weights = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
+        common.write_atomically(Path(folder) / "policy.safetensors", safetensors.torch.save(weights))
+        common.write_atomically(Path(folder) / "noise_ppo.json", json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder, pipe):
+        """The policy saved in `folder`, for `pipe`, a StableDiffusionPipeline of the model it was learnt for."""
+        policy = cls(**json.loads((Path(folder) / "noise_ppo.json").read_text(encoding="utf-8"))["policy"])
+        policy.load_state_dict(safetensors.torch.load_file(Path(folder) / "policy.safetensors"))
+        policy.pipe = pipe
+        return policy.to(pipe.device).requires_grad_(False)
+
+
+# ================================================================ sampling
+
+
+def guided_prediction(model, x, t, text, guidance):
+    """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: (batch, tokens, width)."""
+    if guidance == 1:
+        return model.predict(x, t, text)
+    text = torch.cat([model.encode([""]).expand_as(text), text])
+    unconditional, conditional = model.predict(x.repeat(2, 1, 1, 1), t, text).chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def draw_noise(seeds, shape, dtype):
+    """eps (batch, *shape), one CPU generator for each seed, as the stock pipeline draws it."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s), dtype=dtype) for s in seeds])
+
+
+@torch.no_grad()
+def sample(model, z, text, steps, guidance):
+    """DDIM with eta 0 (arXiv 2010.02502, equation 12). z: (batch, c, h, w) -> clean latents x_0 (batch, c, h, w), float32."""
+    grid = model.timesteps(steps)
+    times = torch.tensor(grid, device=model.device)  # one transfer, none inside the loop
+    x = z.to(model.device, model.dtype).float() * model.pipeline.scheduler.init_noise_sigma
+    for k, t in enumerate(grid):
+        alpha, sigma = model.alpha_sigma(t)
+        alpha_next, sigma_next = model.alpha_sigma(grid[k + 1] if k + 1 < len(grid) else -1)
+        prediction = guided_prediction(model, x, times[k], text, guidance)
+        if model.prediction_type == "epsilon":
+            eps = prediction
+            x_0 = (x - sigma * eps) / alpha
+        else:  # v = alpha eps - sigma x_0
+            eps = alpha * prediction + sigma * x
+            x_0 = alpha * x - sigma * prediction
+        x = alpha_next * x_0 + sigma_next * eps
+    return x
+
+
+def sample_and_score(model, rewards, prompts, z, steps, args, label, statistics=False):
+    """Pictures of the prompts (n) from the initial noises z (n, c, h, w), a batch at a time.
+    Returns {reward or statistic: (n,)} and the pictures, all but the first 24 at most 64 x 64 pixels."""
+    scores, pictures = [], []
+    for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
+        part = slice(i, i + args.sample_batch)
+        x_0 = sample(model, z[part], model.encode(prompts[part]), steps, args.guidance)
+        if not x_0.isfinite().all():
+            raise InputError(f"{label}: NaN or Inf in the latents; use --dtype float32 or bfloat16, or a lower --lr")
+        images = model.decode(x_0)
+        scores.append({r.spec: r(images, prompts[part]) for r in rewards} | (image_statistics(images) if statistics else {}))
+        pictures += [p if i + j < 24 else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
+    return {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, pictures
+
+
+# ================================================================ evaluation
+
+
+def evaluate(model, rewards, prompts, mean, log_std, steps, args, label):
+    """Fixed prompts x fixed seeds, equation (1); mean, log_std: (prompts or 1, c, h, w).
+    Returns {metric: (prompts,), the mean over a prompt's pictures; best_of_m: of rewards[0]} and the first 24 pictures."""
+    n = args.eval_samples
+    seeds = [derived_seed("eval", i, j) for i in range(len(prompts)) for j in range(n)]
+    eps = draw_noise(seeds, model.latent_shape, model.dtype).unflatten(0, (-1, n))  # (prompts, n, c, h, w)
+    z = (mean.cpu()[:, None] + log_std.exp().cpu()[:, None] * eps).flatten(0, 1)
+    repeated = [p for p in prompts for _ in range(n)]
+    scores, pictures = sample_and_score(model, rewards, repeated, z, steps, args, label, statistics=True)
+    means = {name: values.view(-1, n).mean(1) for name, values in scores.items()}
+    means["diversity"] = torch.tensor([diversity(pictures[i * n : i * n + n]) for i in range(len(prompts))])
+    best = scores[rewards[0].spec].view(-1, n)
+    means |= {f"best_of_{m}": best.view(-1, n // m, m).amax(2).mean(1) for m in (2, 4, 8) if n % m == 0}
+    return means, pictures[:24]
+
+
+def paired_table(standard, learnt):
+    """Rows {metric, standard, learnt, gain, se}; se: the standard error over prompts of the mean paired difference."""
+    rows = []
+    for name in standard:
+        change = learnt[name] - standard[name]
+        numbers = (standard[name].mean(), learnt[name].mean(), change.mean(), change.std() / len(change) ** 0.5)
+        rows.append({"metric": name} | dict(zip(("standard", "learnt", "gain", "se"), map(float, numbers))))
+    return rows
+
+
+def final_evaluation(model, policy, rewards, prompts, held_out, args):
+    """Standard noise, the policy and the controls at every number of steps, on the same seeds.
+    Returns (results, {name: first 24 pictures at args.steps})."""
+    zero = torch.zeros(1, *model.latent_shape)
+    with torch.no_grad():
+        laws = {"standard": (zero, zero), "learnt": policy(model.encode(held_out))}  # name: (mean, log_std)
+        over_prompts = [part.mean(0, keepdim=True) for part in policy(model.encode(sorted(set(prompts))))]
+    results = {"kl": kl_to_standard_normal(*laws["learnt"]).mean().item()}
+    results["kl_per_dimension"] = results["kl"] / zero.numel()
+    if args.controls:
+        some, tried = prompts[: max(2, len(held_out) // 2)], {}
+        for s in TEMPERATURES:
+            means, _ = evaluate(model, rewards[:1], some, zero, zero + math.log(s), args.steps, args, f"temperature {s}")
+            tried[s] = means[args.reward].mean().item()
+        results["temperature"] = max(tried, key=tried.get)
+        laws["temperature"] = (zero, zero + math.log(results["temperature"]))
+        laws |= {"one_for_all": over_prompts} if args.policy == "conditional" else {}
+    results["by_steps"], pictures = [], {}
+    for steps in sorted({args.steps, *eval_steps(args)}):
+        found = {}
+        for name, (mean, log_std) in laws.items():
+            if name == "temperature" and results[name] == 1:
+                found[name] = found["standard"]
+                continue
+            found[name], shown = evaluate(model, rewards, held_out, mean, log_std, steps, args, f"{steps} steps, {name}")
+            if steps == args.steps:
+                pictures[name] = shown
+        table = paired_table(found["standard"], found["learnt"])
+        row = {"steps": steps, "calls": steps * (2 if args.guidance > 1 else 1)}
+        row |= {key: table[0][key] for key in ("standard", "learnt", "gain", "se")}
+        row |= {name: means[args.reward].mean().item() for name, means in found.items() if name not in row}
+        row |= {name: values.mean().item() for name, values in found["standard"].items() if name.startswith("best_of")}
+        row["diversity_kept"] = (found["learnt"]["diversity"].mean() / found["standard"]["diversity"].mean()).item()
+        row["means"] = {name: {k: v.mean().item() for k, v in means.items()} for name, means in found.items()}
+        results["by_steps"].append(row)
+        if steps == args.steps:
+            results["table"] = table
+    return results, pictures
+
+
+# ================================================================ the run
+
+
+def explained_variance(rewards, samples):
+    """1 - Var(r - baseline) / Var(r), the baseline being the mean of the prompt's other pictures. rewards: (prompts x samples,)."""
+    group = rewards.view(-1, samples)
+    residual = (group - group.mean(1, keepdim=True)) * samples / (samples - 1)
+    return 1 - (residual.square().mean() / rewards.var(correction=0)).item()
+
+
+@torch.no_grad()
+def policy_statistics(policy, text, z, old_mean, old_log_std):
+    """What an update did. text: (n, tokens, width), z and the law that drew it: (n, c, h, w)."""
+    mean, log_std = policy(text)
+    log_ratio = log_prob(z, mean, log_std, "sum") - log_prob(z, old_mean, old_log_std, "sum")  # (n,) nats
+    return {
+        "approximate_kl": 0.5 * log_ratio.square().mean().item(),  # KL(old || new) in nats, to second order
+        "kl_per_dimension": kl_to_standard_normal(mean, log_std).mean().item() / z[0].numel(),
+        "mean_rms": mean.square().mean().sqrt().item(),
+        "mean_rms_own": (mean - mean.mean(0)).square().mean().sqrt().item(),  # what is the prompt's own, not shared by all
+        "std": log_std.exp().mean().item(),
+        "std_spread": log_std.exp().std().item(),
+    }
+
+
+def eval_steps(args):
+    """The numbers of --eval_steps."""
+    try:
+        numbers = [int(part) for part in args.eval_steps.split(",") if part.strip()]
+    except ValueError:
+        numbers = [0]
+    if not all(1 <= n <= 999 for n in numbers):
+        raise InputError(f"--eval_steps {args.eval_steps}: give numbers from 1 to 999, separated by commas")
+    return numbers
+
+
+def prepare(args):
+    """Check every argument before any model loads and fill in what was left out.
+    Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
+    embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
+    for name, (for_shapes, for_others) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, for_shapes if embedded else for_others)
+    args.device = common.check_device(args.device, args.dtype)
+    common.check_model_name(args.model)
+    common.check_output(args.output, args.resume)
+    eval_steps(args)
+    limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"samples": (2, 10**9), "steps": (1, 999)}
+    limits |= {"eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1), "lr": (1e-12, 1)}
+    for name, (least, most) in (limits | {"clip": (1e-9, 1e9), "kl_weight": (0, 1e9)}).items():
+        if not least <= getattr(args, name) <= most:
+            raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
+    for name, choices in CHOICES.items():
+        if getattr(args, name) not in choices:
+            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(choices)}")
+    if args.mean_only and args.std_only:
+        raise InputError("--mean_only --std_only: nothing is left to learn; give one of them")
+
+    prompts = common.read_prompts(args.prompts, "--prompts")
+    if args.eval_prompts or args.prompts == Args.prompts:
+        held_out = common.read_prompts(args.eval_prompts or str(ROOT / "shapes" / "prompts_eval.txt"), "--eval_prompts")
+    else:
+        prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
+    if not prompts or len(held_out) < 2:
+        raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
+    others = [spec for spec in args.eval_rewards.split(",") if spec and spec != args.reward]
+    rewards = [Reward(args.reward, "--reward"), *(Reward(spec, "--eval_rewards") for spec in others)]
+    for reward in rewards:
+        reward.check_prompts(prompts, "--prompts")
+        reward.check_prompts(held_out, "--eval_prompts")
+    return prompts, held_out, rewards
+
+
+def schedule_prompts(count, args):
+    """For each iteration the indices of its prompts: slices of a random order of all, of a new one when too few are left."""
+    per_iteration = min(args.prompts_per_iteration, count)
+    iterations = []
+    for it in range(args.iterations):
+        order, place = divmod(it, count // per_iteration)
+        generator = torch.Generator().manual_seed(derived_seed(args.seed, "prompts", order))
+        order = torch.randperm(count, generator=generator)
+        iterations.append(order[place * per_iteration : (place + 1) * per_iteration].tolist())
+    return iterations
+
+
+def describe(args, model, policy, per_iteration, held_out, folder):
+    """The checked, derived settings."""
+    pictures, numbers = per_iteration * args.samples, sum(p.numel() for p in policy.parameters())
+    parts = (model.denoiser, model.pipeline.vae, model.pipeline.text_encoder)
+    share = numbers / sum(p.numel() for part in parts for p in part.parameters())
+    learns = "sigma stays 1" if args.mean_only else "mu stays 0" if args.std_only else "mu and sigma"
+    return f"""Noise PPO -> {folder}
+  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}, frozen
+  policy     {args.policy}, {learns}: {numbers:,} parameters, {share:.1%} of the model's; noise {tuple(model.latent_shape)}
+  sampling   {args.iterations} iterations x {per_iteration} prompts x {args.samples} = {args.iterations * pictures} pictures, \
+{args.steps} DDIM steps, guidance {args.guidance:g}, reward {args.reward}
+  update     {args.epochs} epochs in minibatches of {min(args.minibatch, pictures)}, clip {args.clip:g} on the ratio of the \
+{args.reduction} log-density, KL weight {args.kl_weight:g}, lr {args.lr:g}
+  evaluation {len(held_out)} held-out prompts x {args.eval_samples} pictures at {args.eval_steps} steps, the same seeds for all noises"""
+
+
+def main(args, folder_known):
+    prompts, held_out, rewards = prepare(args)
+    model = Model(args.model, args.device, DTYPES[args.dtype])
+    scheduler = model.pipeline.scheduler
+    model.pipeline.scheduler = scheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    for flag, steps in [("steps", args.steps), *(("eval_steps", steps) for steps in eval_steps(args))]:
+        if model.train_timesteps % steps:
+            raise InputError(f"--{flag} {steps}: must divide the model's {model.train_timesteps} training steps")
+    schedule = schedule_prompts(len(prompts), args)
+    used = [prompts[i] for i in sorted({i for part in schedule for i in part})]
+    # every prompt's text is computed once, in an order that does not depend on where a run was resumed
+    model.encode(["", *held_out, *used])
+    tokens, width = model.encode([""]).shape[1:]
+    shape = {"tokens": tokens, "width": width, "latent_shape": model.latent_shape, "hidden": args.hidden, "grid": args.grid}
+    shape |= {"policy": args.policy, "mean_only": args.mean_only, "std_only": args.std_only}
+    torch.manual_seed(args.seed)
+    policy = NoisePolicy(**shape).to(args.device)
+    policy.standardise(model.encode(used))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
+    folder = common.make_run_folder(args, "noise_ppo", args.model, args.seed)
+    folder_known(folder)
+    print(describe(args, model, policy, len(schedule[0]), held_out, folder), flush=True)
+
+    state = common.load_checkpoint(folder) if args.resume else None
+    if state:
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        state = {"iteration": 0, "rows": [], "seconds": 0.0}
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state["iteration"] + 1)
+    begun = time.perf_counter() - state["seconds"]
+    settings = {"policy": shape, "model": args.model, "steps": args.steps, "guidance": args.guidance, "reward": args.reward}
+    settings |= {"scheduler": {"class": "DDIMScheduler", "timestep_spacing": "trailing", "clip_sample": False, "eta": 0.0}}
+
+    def checkpoint():
+        state.update(policy=policy.state_dict(), optimizer=optimizer.state_dict(), seconds=time.perf_counter() - begun)
+        common.save_checkpoint(folder, state)
+
+    # ------------------------------------------------------------ BASELINE
+    zero = torch.zeros(1, *model.latent_shape)
+    means, _ = evaluate(model, rewards[:1], held_out, zero, zero, args.steps, args, "evaluate standard noise")
+    print(f"  standard   {args.reward} {means[args.reward].mean():.3f} on the held-out prompts", flush=True)
+
+    for it in range(state["iteration"], args.iterations):
+        # -------------------------------------------------------- SAMPLE
+        chosen = torch.tensor(schedule[it]).repeat_interleave(args.samples)  # (n,) n = prompts x samples
+        asked = [prompts[i] for i in chosen]
+        seeds = [derived_seed(args.seed, it, i, j) for i in schedule[it] for j in range(args.samples)]
+        text = model.encode(asked)  # (n, tokens, width)
+        with torch.no_grad():
+            old_mean, old_log_std = policy(text)  # (n, c, h, w)
+            z = old_mean + old_log_std.exp() * draw_noise(seeds, model.latent_shape, torch.float32).to(args.device)
+            old = log_prob(z, old_mean, old_log_std, args.reduction)  # (n,)
+
+        # -------------------------------------------------------- SCORE
+        scores, _ = sample_and_score(model, rewards[:1], asked, z, args.steps, args, f"sample {it + 1}")
+        reward = scores[args.reward]  # (n,)
+        advantage = advantages(reward, chosen, args.normalise).to(args.device)  # (n,)
+
+        # -------------------------------------------------------- UPDATE
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - it / args.iterations)
+        generator = torch.Generator().manual_seed(derived_seed(args.seed, "update", it))
+        losses, clipped = [], []
+        orders = [torch.randperm(len(z), generator=generator) for _ in range(args.epochs)]
+        for index in (part for order in orders for part in order.split(args.minibatch)):
+            mean, log_std = policy(text[index])
+            new = log_prob(z[index], mean, log_std, args.reduction)  # (minibatch,)
+            kl = kl_to_standard_normal(mean, log_std).mean() / (z[0].numel() if args.reduction == "mean" else 1)
+            loss = ppo_loss(new, old[index], advantage[index], args.clip) + args.kl_weight * kl
+            if not loss.isfinite():
+                raise InputError(f"iteration {it + 1}: loss {loss.item()}; lower --lr or --clip")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            clipped.append((((new - old[index]).exp() - 1).abs() > args.clip).float().mean().item())
+
+        # -------------------------------------------------------- EVALUATE, LOG
+        row = {"iteration": it + 1, "reward": reward.mean().item(), "loss": sum(losses) / len(losses)}
+        row |= {"clip_fraction": sum(clipped) / len(clipped), "explained_variance": explained_variance(reward, args.samples)}
+        row |= policy_statistics(policy, text, z, old_mean, old_log_std) | {"reward_held_out": math.nan}
+        last = it + 1 == args.iterations
+        if last or args.eval_every and (it + 1) % args.eval_every == 0:
+            with torch.no_grad():
+                law = policy(model.encode(held_out))
+            means, _ = evaluate(model, rewards[:1], held_out, *law, args.steps, args, f"evaluate {it + 1}")
+            row["reward_held_out"] = means[args.reward].mean().item()
+            policy.save(folder, settings)
+        state["rows"].append(row)
+        state["iteration"] = it + 1
+        common.write_csv(folder / "metrics.csv", state["rows"])
+        for name, value in row.items():
+            writer.add_scalar(name, value, it + 1)
+        checkpoint()
+        if not math.isnan(row["reward_held_out"]):
+            left = (time.perf_counter() - begun) / (it + 1) * (args.iterations - it - 1)
+            rewarded = f"reward {row['reward']:.3f}, held-out {row['reward_held_out']:.3f}"
+            moved = f"clipped {row['clip_fraction']:.0%}, KL {row['kl_per_dimension']:.3f} a dimension"
+            print(f"  iteration {it + 1}/{args.iterations}  {rewarded}, {moved}, {left:.0f} s left", flush=True)
+    writer.close()
+
+    # ------------------------------------------------------------ FINAL EVALUATION, SHOW
+    results, pictures = final_evaluation(model, policy, rewards, prompts, held_out, args)
+    state["seconds"] = time.perf_counter() - begun
+    results["seconds"] = state["seconds"]
+    common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    title = "learnt noise, same random draws (standard noise on the left)"
+    common.save_grid(folder / "grid.png", pictures["standard"], pictures["learnt"], held_out, args.eval_samples, title)
+    show(folder, state["rows"], results, args)
+    name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
+    print(f"""
+{state["seconds"]:.0f} s. In {folder}: the policy, results.json, metrics.csv, gain.png, grid.png, curves.png.
+To use it (of this repository only noise_ppo.py is needed):
+
+import sys, torch; from diffusers import DDIMScheduler, StableDiffusionPipeline
+sys.path.insert(0, {str(ROOT)!r}); from noise_ppo import NoisePolicy
+pipe = StableDiffusionPipeline.from_pretrained({name!r}, dtype=torch.{args.dtype}).to({args.device!r})
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+policy = NoisePolicy.load({str(folder.resolve())!r}, pipe)
+latents = policy.sample({held_out[0]!r}, torch.Generator().manual_seed({derived_seed("eval", 0, 0)}))
+pipe({held_out[0]!r}, latents=latents, num_inference_steps={args.steps}, guidance_scale={args.guidance}).images[0].save("learnt.png")""")
+
+
+def show(folder, rows, results, args):
+    """gain.png, curves.png, and the two tables of the final evaluation, printed."""
+    by_steps = results["by_steps"]
+    columns = {name: [row[name] for row in by_steps] for name in by_steps[0] if name != "means"}
+    steps, gain = columns.pop("steps"), (columns["gain"], columns.pop("se"))
+    lines = {name: (steps, values) for name, values in columns.items() if name not in ("calls", "gain", "diversity_kept")}
+    panels = [("steps", args.reward, lines), ("steps", "gain ± s.e.", {"learnt - standard": (steps, *gain)})]
+    common.save_panels(folder / "gain.png", panels, log_x=True)
+    panels = []
+    for names in (
+        ("reward", "reward_held_out"),
+        ("clip_fraction", "explained_variance"),
+        ("kl_per_dimension", "mean_rms", "std"),
+    ):
+        lines = {name: ([row["iteration"] for row in rows], [row[name] for row in rows]) for name in names}
+        panels.append(("iteration", args.reward if "reward" in names else "", lines))
+    common.save_panels(folder / "curves.png", panels)
+
+    print(f"\nheld-out {args.reward} (best of n: n times the calls, n scores a picture)")
+    print("steps" + "".join(f"{name:>16}" for name in columns))
+    for i, n in enumerate(steps):
+        cells = [f"{values[i]:.3f}" for values in columns.values()]
+        cells[0], cells[3] = str(columns["calls"][i]), f"{gain[0][i]:+.3f} ± {gain[1][i]:.3f}"
+        print(f"{n:>5}" + "".join(f"{cell:>16}" for cell in cells))
+    print(f"KL to standard noise {results['kl']:.1f} nats, {results['kl_per_dimension']:.3f} a dimension")
+    print(f"\n{f'at {args.steps} steps':<34}{'standard':>9}{'learnt':>9}{'difference':>12}   s.e.")
+    for row in results["table"]:
+        print("{metric:<34}{standard:>9.3f}{learnt:>9.3f}{gain:>+12.3f}  {se:.3f}".format(**row))
+
+
+if __name__ == "__main__":
+    known = []
+    with common.exit_on_error(
+        lambda: f"Continue with: python noise_ppo.py --resume {known[0]}" if known else "Nothing was written."
+    ):
+        main(common.parse_arguments(Args), known.append)
