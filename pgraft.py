@@ -71,9 +71,9 @@ class Args:
     switch: str = "auto"  # level t / T in (0, 1) from which on the base model denoises; auto: as --probe recommends
     data: str = "x0"  # noised to the levels above the switch: x0 (the accepted picture) or xs (its state at the switch)
     probe: bool = False  # only measure V(t), how far the state at each level leaves the reward open, and recommend a switch
-    probe_prompts: int = 48  # prompts of the probe, with two trajectories each
+    probe_prompts: int = 96  # prompts of the probe, with two trajectories each
     probe_restarts: int = 4  # times the sampler is started again from each stored state
-    probe_limit: float = 0.25  # the recommended switch is the noisiest level with V(t) + standard error at most this
+    probe_limit: float = 0.1  # the recommended switch is the noisiest level with V(t) + standard error at most this
     evaluate: str = ""  # no training: evaluate the LoRA in this folder, with its pgraft.json (or with --switch)
 
     reward: str = "shapes_strict"  # to maximise: a name of rewards.py, path/to/file.py:function, or "0.7*one+0.3*other"

@@ -697,7 +697,7 @@ def test_run_prints_the_probe_and_the_switch(finished):
     assert len(printed) == 3
     for line, row in zip(printed, rows):
         assert [float(v) for v in line] == pytest.approx(list(row.values()), abs=0.006)
-    timestep, reason = pgraft.recommend(rows, 0.25)
+    timestep, reason = pgraft.recommend(rows, pgraft.Args.probe_limit)
     assert f"  recommended: --switch {timestep / 1000:g}, {reason}\n" in out
     switch_at = [749, 499, 249].index(timestep) + 1
     assert f"tuned model for {switch_at} of 4 steps, base model from timestep {timestep:.0f} on" in out
@@ -711,7 +711,7 @@ def test_run_folder(finished, models, tiny_v):
     files = "args.json metrics.csv results.json curves.png grid.png checkpoint.pt probe.csv probe.png pgraft.json"
     assert {p.name for p in folder.iterdir()} == {*files.split(), LORA_FILE, "tensorboard", "accepted"}
     assert np.asarray(Image.open(folder / "probe.png")).std() > 0
-    stored, timestep = read_json(folder / "pgraft.json"), int(pgraft.recommend(read_probe(folder), 0.25)[0])
+    stored, timestep = read_json(folder / "pgraft.json"), int(pgraft.recommend(read_probe(folder), pgraft.Args.probe_limit)[0])
     abar = models["v"].pipeline.scheduler.alphas_cumprod[timestep].item()
     level = {"switch_timestep": timestep, "switch": timestep / 1000, "alpha": abar**0.5, "sigma": (1 - abar) ** 0.5}
     assert {name: stored.pop(name) for name in level} == pytest.approx(level, abs=1e-6)
