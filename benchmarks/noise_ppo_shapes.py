@@ -18,10 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from graft_shapes import ROOT, VALID, mean_and_se
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "noise_ppo"
-VALID = ["--prompts", "benchmarks/prompts_tune.txt", "--eval_prompts", "benchmarks/prompts_valid.txt"]
 SHORT = ["--eval_steps", "4,40", "--no-controls"]
 ARMS = {
     "conditional": [],
@@ -101,13 +100,6 @@ def tables(arms: list[str]) -> None:
         cells = [mean_and_se([np.mean([row[name] for row in r["iterations"]]) for r in records]) for name in TRAINING]
         cells += [mean_and_se([r["kl_per_dimension"] for r in records]), f"{np.mean([r['seconds'] for r in records]):.0f}"]
         print(f"| {arm} | " + " | ".join(cells) + " |")
-
-
-def mean_and_se(values) -> str:
-    """Mean, and its standard error if there is more than one value."""
-    values = np.array(values)
-    se = f" ± {values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-    return f"{values.mean():.3f}{se}"
 
 
 if __name__ == "__main__":
