@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from common import InputError
+from shapes import flow_data
 from shapes.check import check
 from shapes.render import parse
 
@@ -154,3 +156,39 @@ def average_hash(images: list[Image.Image]) -> torch.Tensor:
     """(n,) int64 keys that alike pictures share: which of 8 x 8 grey cells are brighter than their mean."""
     cells = torch.stack([torch.from_numpy(np.asarray(i.convert("L").resize((8, 8)), np.float32)) for i in images]).flatten(1)
     return ((cells > cells.mean(1, keepdim=True)).long() << torch.arange(64)).sum(1)
+
+
+# ---------------------------------------------------------------- Frechet distance
+
+
+def frechet_features(name, device, batch):
+    """A function: pictures (n, channels, height, width) in [-1, 1] -> features (n, d), a batch at a time. name: shapes, pixels, inception."""
+    if name == "shapes":
+        net = flow_data.FeatureNet.load().to(device)
+    elif name == "pixels":
+
+        def net(x):
+            return F.adaptive_avg_pool2d(x, min(8, x.shape[-1])).flatten(1)
+    else:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        inception = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval()
+
+        def net(x):
+            bytes_ = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            return inception(bytes_.expand(-1, 3, -1, -1))[0]
+
+    @torch.no_grad()
+    def features(pictures):
+        return torch.cat([net(part.to(device)).float().cpu() for part in pictures.split(batch)])
+
+    return features
+
+
+def frechet_distance(a, b):
+    """|m_1 - m_2|^2 + tr(S_1 + S_2 - 2 (S_1^(1/2) S_2 S_1^(1/2))^(1/2)) of two sets of features (n, d) and (m, d), in float64."""
+    a, b = a.double(), b.double()
+    values, vectors = torch.linalg.eigh(torch.cov(a.T).reshape(a.shape[1], -1))
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ torch.cov(b.T).reshape(root.shape) @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum() - 2 * cross).item()

@@ -24,15 +24,15 @@ RESULTS = ROOT / "benchmarks" / "results" / "noise_ppo"
 SHORT = ["--eval_steps", "4,40", "--no-controls"]
 ARMS = {
     "conditional": [],
-    "unconditional": ["--policy", "unconditional"],
-    "mean_only": ["--mean_only"],
-    "std_only": ["--std_only"],
-    **{f"kl_{weight}": ["--kl_weight", weight, *SHORT] for weight in ("0", "0.001", "0.01", "0.02", "0.05")},
+    "unconditional": ["--policy", "unconditional", "--no-controls"],
+    "mean_only": ["--mean_only", "--no-controls"],
+    "std_only": ["--std_only", *SHORT],
+    **{f"kl_{weight}": ["--kl_weight", weight, *SHORT] for weight in ("0", "0.001", "0.02", "0.05")},
     "sum": ["--reduction", "sum", "--clip", "0.256", *SHORT],  # 256 numbers in a latent: the same clip, in nats
     "mean_clip_0.2": ["--clip", "0.2", *SHORT],  # averaged over 256 numbers a ratio hardly ever gets that far
     "sum_clip_100": ["--reduction", "sum", "--clip", "100", *SHORT],
     "valid_conditional": VALID,
-    "valid_mean_only": [*VALID, "--mean_only"],
+    "valid_mean_only": [*VALID, "--mean_only", *SHORT],
 }
 TRAINING = "clip_fraction approximate_kl explained_variance kl_per_dimension mean_rms mean_rms_own std std_spread".split()
 
@@ -46,9 +46,8 @@ def run(arm: str, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         output = f"{folder}/run"
-        done = subprocess.run(
-            [sys.executable, *command[1:], "--output", output], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        pipes = {"capture_output": True, "text": True, "start_new_session": True}
+        done = subprocess.run([sys.executable, *command[1:], "--output", output], cwd=ROOT, env=environment, **pipes)
         if done.returncode:
             print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
             return

@@ -266,7 +266,7 @@ def assert_same_run(folder, other):
 def forkserver():
     """Starts processes that have imported torch and the scripts already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["graft", "pgraft", "conftest", "diffusers", "peft"])
+    context.set_forkserver_preload(["graft", "pgraft", "inverse_noise_correction", "conftest", "diffusers", "peft"])
     before = os.environ.get("PYTHONPATH")
     # Python 3.11 preloads without sys.path
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

@@ -1,0 +1,143 @@
+"""Every Inverse Noise Correction row of the README: arms x seeds of inverse_noise_correction.py, each an ordinary command, two at a time.
+
+Run: python benchmarks/inc_shapes.py            (everything that benchmarks/results/inc lacks, then the tables)
+     python benchmarks/inc_shapes.py --tables   (only the tables, from the stored results)
+     python benchmarks/inc_shapes.py --arms default gaussian_start --seeds 0 1 2
+Every seed has a base of its own, seed 0 the embedded one, the others trained first into runs/inc_bases/<seed>: the standard errors are
+over bases, and all rows of one seed share base, pictures and evaluation noises, so that differences are paired.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from graft_shapes import ROOT, mean_and_se
+
+RESULTS = ROOT / "benchmarks" / "results" / "inc"
+BASES = Path("runs") / "inc_bases"  # relative to ROOT, so that the stored commands hold no local path
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SHORT = ["--no-longer", "--eval_powers="]
+ARMS = {
+    "default": [],
+    "gaussian_start": ["--normalise", "gaussian", *SHORT],
+    "middle": ["--times", "middle", *SHORT],
+    "three_times": ["--pictures", "9000", "--updates", "6000", *SHORT],
+    "wide": ["--corrector_widths", "24,48,48", "--corrector_steps", "2", *SHORT],
+    "steps_6": ["--steps", "6", *SHORT],
+    "steps_16": ["--steps", "16", *SHORT],
+    "steps_64": ["--steps", "64", "--pictures", "2000", "--eval_steps", "64,65,128", *SHORT],
+    "power": ["--grid_power", "1.4", *SHORT],
+}
+
+
+def base_of(seed: int) -> str:
+    """The base of a seed: the embedded one is seed 0's."""
+    return str(BASES / str(seed)) if seed else "shapes/flow"
+
+
+def train_base(seed: int) -> None:
+    """The base of a seed, unless it is there."""
+    if seed and not (ROOT / BASES / str(seed) / "scheduler").exists():
+        command = f"-m shapes.train_flow --seed {seed} --no-features --out {base_of(seed)}".split()
+        subprocess.run([sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, check=True, start_new_session=True)
+
+
+def run(arm: str, seed: int) -> None:
+    """One run -> RESULTS/<arm>__<seed>.json with its command, results and rows."""
+    target = RESULTS / f"{arm}__{seed}.json"
+    if target.exists():
+        return
+    command = ["python", "inverse_noise_correction.py", "--seed", str(seed), "--model", base_of(seed), *ARMS[arm]]
+    with tempfile.TemporaryDirectory() as folder:
+        output = f"{folder}/run"
+        pipes = {"capture_output": True, "text": True, "start_new_session": True}
+        done = subprocess.run([sys.executable, *command[1:], "--output", output], cwd=ROOT, env=ENVIRONMENT, **pipes)
+        if done.returncode:
+            print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+            return
+        results = json.loads(Path(output, "results.json").read_text())
+        with open(Path(output, "metrics.csv"), newline="") as file:
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        if seed == 0:
+            for name in ("curve.png", "grid.png", "noise.png"):
+                (RESULTS / f"{arm}__{name}").write_bytes(Path(output, name).read_bytes())
+    hardware = f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time on two cores"
+    record = {"command": " ".join(command), "seed": seed, "hardware": hardware, **results, "updates": rows}
+    target.write_text(json.dumps(record, indent=1) + "\n")
+    found = values_of(record)
+    shown = {name: value for name, value in found.items() if not name.startswith("base,")}
+    print(f"{arm} {seed}: " + ", ".join(f"{name} {fd:.3f}" for name, fd in shown.items()), flush=True)
+
+
+def values_of(record: dict) -> dict[str, float]:
+    """{row of the run's table: Frechet distance}; base rows are named by their steps as multiples of N where they are."""
+    n, found = record["steps"], {"data against data": record["floor"]}
+    for row in record["table"]:
+        name = row["arm"]
+        if name in ("base", "base trained on"):
+            by_flops = row["steps"] == record["matched_steps"] and row["steps"] % n
+            name += (
+                ", matched FLOPs" if by_flops else f", {row['steps'] // n} N" if row["steps"] % n == 0 else f", {row['steps']}"
+            )
+        found[name] = row["fd"]
+    return found
+
+
+def tables(arms: list[str]) -> None:
+    """Markdown: Frechet distances, mean over seeds +- standard error; paired differences of the corrector; the inversion."""
+    for arm in arms:
+        records = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{arm}__[0-9]*.json"))]
+        if not records:
+            continue
+        found = [values_of(r) for r in records]
+        flops = {"data against data": 0.0}
+        flops |= dict(zip(list(found[0])[1:], (row["flops"] / 1e6 for row in records[0]["table"])))
+        milliseconds = dict(zip(list(found[0])[1:], np.mean([r["seconds"]["per_picture"] for r in records], 0) * 1e3))
+        print(
+            f"\n| {arm} ({len(records)}) | MFLOP | ms | Frechet distance | corrector minus this, paired |\n|---|---|---|---|---|"
+        )
+        for name in found[0]:
+            difference = mean_and_se([values["corrector"] - values[name] for values in found])
+            cells = [
+                f"{flops[name]:.1f}",
+                f"{milliseconds.get(name, 0):.2f}",
+                mean_and_se([v[name] for v in found]),
+                difference,
+            ]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+        inversion = [r["inversion"] for r in records]
+        print(
+            f"\nleft out {mean_and_se([i['left_out'] / i['pictures'] for i in inversion])}, round trip "
+            f"{np.mean([i['round_trip_error'] for i in inversion]):.1e}, model calls per picture "
+            f"{mean_and_se([i['calls'] / i['pictures'] for i in inversion])}, contraction "
+            + " ".join(f"{c:.2f}" for c in np.mean([i["contraction"] for i in inversion], 0))
+        )
+        held_out = [(r["corrector"]["held_out"], r["corrector"]["identity"]) for r in records]
+        lines = [
+            f"held-out loss {mean_and_se([a for a, _ in held_out])} ({mean_and_se([b for _, b in held_out])} with velocity 0)"
+        ]
+        lines.append(f"kurtosis of the inverted noises {mean_and_se([r['noise']['inverted']['kurtosis'] for r in records])}")
+        lines.append(f"{np.mean([r['seconds']['total'] for r in records]):.0f} s")
+        print(", ".join(lines))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--tables", action="store_true")
+    options = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not options.tables:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(train_base, options.seeds))
+            list(pool.map(lambda job: run(*job), [(a, s) for s in options.seeds for a in options.arms]))
+    tables(options.arms)

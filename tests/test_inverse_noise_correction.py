@@ -1,0 +1,947 @@
+"""inverse_noise_correction.py: the inverse and the corrector against closed forms, the sampler against the stock scheduler, whole runs."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    assert_mean,
+    assert_one_line,
+    assert_same_pictures,
+    assert_same_run,
+    environment,
+    exit_code,
+    read_metrics,
+    read_scalars,
+    run_inside,
+    run_script,
+    seeded,
+)
+from PIL import Image
+
+import common
+import inverse_noise_correction as inc
+from common import Flow, InputError, derived_seed
+from inverse_noise_correction import Corrector, correct, euler_invert, euler_sample, interpolant
+from rewards import frechet_distance, frechet_features
+from shapes import flow_data
+
+SCRIPT = "inverse_noise_correction.py"
+EVEN = torch.linspace(1, 0, 9, dtype=torch.float64)
+UNEVEN = torch.tensor([1, 0.97, 0.8, 0.55, 0.5, 0.2, 0.15, 0], dtype=torch.float64)
+GRIDS = pytest.mark.parametrize("sigmas", [EVEN, UNEVEN], ids=["even", "uneven"])
+MEMORY = pytest.mark.parametrize("memory", [0, 1, 2, 4])
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def column(sigma, x):
+    return sigma.view(-1, *[1] * (x.dim() - 1))
+
+
+def affine(x, sigma):
+    return 0.9 * x - 0.4 + column(sigma, x) * (0.3 * x.flip(1) + 1)
+
+
+def nonlinear(x, sigma):
+    return 1.5 * torch.sin(x + 3 * column(sigma, x)) - 0.5 * x
+
+
+# ---------------------------------------------------------------- the sampler and its inverse
+
+
+@GRIDS
+def test_euler_sample_is_the_loop(sigmas):
+    x, times = randn(3, 2, 4, 4), []
+
+    def velocity(x, sigma):
+        assert sigma.shape == (3,) and (sigma == sigma[0]).all()
+        times.append(sigma[0].item())
+        return nonlinear(x, sigma)
+
+    found, expected = euler_sample(velocity, x, sigmas), x
+    for k in range(len(sigmas) - 1):
+        expected = expected + (sigmas[k + 1] - sigmas[k]) * nonlinear(expected, sigmas[k].repeat(3))
+    assert torch.equal(found, expected) and times == sigmas[:-1].tolist()
+
+
+@GRIDS
+@MEMORY
+@pytest.mark.parametrize("velocity", [affine, nonlinear])
+def test_inverse(velocity, sigmas, memory):
+    noise = randn(5, 2, 4, 4)
+    x = euler_sample(velocity, noise, sigmas)
+    found = euler_invert(velocity, x, sigmas, 200, 1e-12, memory)
+    assert found.converged.all() and found.residual.max() <= 1e-12
+    assert (found.noise - noise).abs().max() < 1e-10
+    assert len(found.iterations) == len(found.contraction) == len(sigmas) - 1
+    # what must not pass for the inverse: the velocity at the known point, or at the later level
+    explicit, late = x, x
+    for now, after in reversed(list(zip(sigmas, sigmas[1:]))):
+        explicit = explicit - (after - now) * velocity(explicit, now.repeat(5))
+    for now, after in reversed(list(zip(sigmas, sigmas[1:]))):
+        y = late
+        for _ in range(200):
+            late = y - (after - now) * velocity(late, after.repeat(5))
+    assert (explicit - noise).abs().max() > 1e-2 and (late - noise).abs().max() > 1e-2
+
+
+@GRIDS
+@MEMORY
+def test_tolerance_bounds_the_residual_and_the_round_trip(sigmas, memory):
+    x = randn(50, 1, 4, 4)
+    coarse, fine = (euler_invert(nonlinear, x, sigmas, 200, tolerance, memory) for tolerance in (1e-3, 1e-9))
+    assert coarse.calls < fine.calls and 1e-9 < coarse.residual.max() <= 1e-3
+    errors = [(euler_sample(nonlinear, found.noise, sigmas) - x).abs().max() for found in (coarse, fine)]
+    assert 1e-6 < errors[0] < 2e-2 and errors[1] < 1e-7
+    assert all(a <= b for a, b in zip(coarse.iterations, fine.iterations))
+
+
+@MEMORY
+def test_contraction_is_the_slope_times_the_step(memory):
+    slopes = torch.tensor([0.9, 0.1, 1.5, 2.0, 0.5, 0.05, 1.0], dtype=torch.float64)
+    by_level = dict(zip(UNEVEN.tolist(), slopes.tolist()))
+    found = euler_invert(lambda x, sigma: by_level[sigma[0].item()] * x, randn(6, 1, 2, 2), UNEVEN, 100, 1e-9, memory)
+    assert found.contraction == pytest.approx((slopes * -UNEVEN.diff()).tolist(), rel=1e-3)
+
+
+def test_acceleration_inverts_where_the_plain_iteration_expands():
+    """Slopes of -12 on the even grid: T stretches by 2.5, so it has an inverse; the plain iteration expands by 1.5 and misses it."""
+
+    def velocity(x, sigma):
+        return -12 * x + 0.1 * torch.sin(3 * x)
+
+    noise = 0.01 * randn(6, 1, 2, 2)
+    x = euler_sample(velocity, noise, EVEN)
+    plain, accelerated = (euler_invert(velocity, x, EVEN, 60, 1e-10, memory) for memory in (0, 2))
+    assert not plain.converged.any() and accelerated.converged.all()
+    assert (accelerated.noise - noise).abs().max() < 1e-9
+    assert accelerated.contraction == pytest.approx([1.5] * 8, abs=0.05)
+
+
+def test_expanding_step_is_detected_and_spares_the_others():
+    """Samples above 1 expand in the last step (slope 9 on an even grid of 8 steps); the others are inverted as if alone."""
+
+    def velocity(x, sigma):
+        steep = (x.mean((1, 2, 3), keepdim=True) > 1) & (column(sigma, x) < 0.2)
+        return x * torch.where(steep, 9.0, 0.5)
+
+    x = 0.1 * randn(6, 1, 4, 4) + torch.tensor([2.0, 0, 2, 0, 0, 3]).view(6, 1, 1, 1)
+    found = euler_invert(velocity, x, EVEN, 40, 1e-10, 0)
+    assert found.converged.tolist() == [False, True, False, True, True, False]
+    assert (found.residual[~found.converged] > 1e-3).all() and found.iterations[-1] == 40
+    assert max(found.iterations[:-1]) < 40  # nothing is spent on the failed ones afterwards
+    alone = euler_invert(velocity, x[found.converged], EVEN, 40, 1e-10, 0)
+    assert torch.equal(alone.noise, found.noise[found.converged]) and alone.converged.all()
+    assert found.calls == alone.calls + 3 * 40
+
+
+def test_nan_has_not_converged():
+    def velocity(x, sigma):
+        return torch.where(x[:, :1] > 1, math.nan, 0.3 * x)
+
+    found = euler_invert(velocity, torch.tensor([[0.5], [2.0], [-1.0]], dtype=torch.float64), EVEN, 20, 1e-10, 0)
+    assert found.converged.tolist() == [True, False, True]
+
+
+def test_converged_samples_cost_no_calls():
+    """A sample at the fixed point already needs one call a step, the others more."""
+    sizes = []
+
+    def velocity(x, sigma):
+        sizes.append(len(x))
+        return 2 * x
+
+    x = randn(4, 1, 2, 2)
+    x[1] = 0
+    found = euler_invert(velocity, x, EVEN, 100, 1e-6, 0)
+    assert found.calls == sum(sizes) and sizes[:2] == [4, 3] and sum(sizes) < 4 * len(sizes)
+    assert sum(found.iterations) == len(sizes)
+
+
+def test_too_few_iterations_are_not_enough():
+    found = euler_invert(lambda x, sigma: 4 * x, randn(3, 1, 2, 2), EVEN, 3, 1e-6, 0)
+    assert not found.converged.any() and found.calls == 9  # the first step tried is the last one made
+
+
+def test_failed_pictures_are_left_out_and_counted(tmp_path):
+    """Pictures above 1 cannot be inverted; the others' noises come in order, also from the files of a stopped run."""
+
+    def velocity(x, sigma):
+        calls.append(len(x))
+        return x * torch.where(x.mean((1, 2, 3), keepdim=True) > 1, 20.0, 0.5)
+
+    calls, bad = [], torch.tensor([3, 4, 11])
+    x = 0.1 * randn(40, 1, 4, 4).float()
+    x[bad] += 3
+    flow, sigmas = SimpleNamespace(velocity=velocity), EVEN.float()
+    args = SimpleNamespace(sample_batch=16, max_iterations=30, tolerance=1e-5, memory=0, max_failed=0.1, device="cpu")
+    noises, report = inc.invert_pictures(flow, x, sigmas, args, tmp_path)
+    good = torch.tensor([i for i in range(40) if i not in bad])
+    assert (report["left_out"], report["pictures"]) == (3, 40) and torch.allclose(
+        euler_sample(velocity, noises, sigmas), x[good], atol=1e-4
+    )
+    assert report["calls"] == euler_invert(velocity, x, sigmas, 30, 1e-5, 0).calls and report["largest_residual"] <= 1e-5
+    assert 0 < report["round_trip_error"] < report["largest_round_trip_error"] < 1e-4
+    calls.clear()
+    again, _ = inc.invert_pictures(flow, x, sigmas, args, tmp_path)
+    assert torch.equal(again, noises) and not calls
+    args.max_failed = 0.05
+    with pytest.raises(InputError, match="3 of the first 16 pictures.*--steps"):
+        inc.invert_pictures(flow, x, sigmas, args, tmp_path)
+
+
+# ---------------------------------------------------------------- the Gaussian case: everything is known
+
+
+def gaussian_velocity(std):
+    """E[eps - x | x_sigma] for pictures N(0, std^2)."""
+
+    def velocity(x, sigma):
+        sigma = column(sigma, x)
+        return (sigma - (1 - sigma) * std**2) / (sigma**2 + (1 - sigma) ** 2 * std**2) * x
+
+    return velocity
+
+
+def sampled_std(std, sigmas):
+    """Of T(eps) for the exact velocity of N(0, std^2)."""
+    return euler_sample(gaussian_velocity(std), torch.ones(1, 1, dtype=torch.float64), sigmas).item()
+
+
+@pytest.mark.parametrize("steps, std, expected", [(8, 0.1, 1.86), (8, 0.5, 1.20), (6, 0.1, 2.33), (16, 0.1, 1.33)])
+def test_inverted_noise_of_gaussian_pictures(steps, std, expected):
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    pictures = std * randn(2000, 1, 2, 2)
+    found = euler_invert(gaussian_velocity(std), pictures, sigmas, 100, 1e-10)
+    ratio = std / sampled_std(std, sigmas)
+    assert torch.allclose(found.noise, pictures / std * ratio) and ratio == pytest.approx(expected, abs=0.01)
+    slopes = [gaussian_velocity(std)(torch.ones(1, 1, dtype=torch.float64), sigma[None]).item() for sigma in sigmas[:-1]]
+    assert found.contraction == pytest.approx([abs(slope) / steps for slope in slopes], rel=1e-3)
+    # the exact flow shrinks pictures by a(0) / a(sigma) in the last step, which is no bound for the inverse of Euler's
+    exact = abs(std / (sigmas[-2] ** 2 + (1 - sigmas[-2]) ** 2 * std**2).sqrt().item() - 1)
+    if (steps, std) == (8, 0.1):
+        assert found.contraction[-1] == pytest.approx(0.62, abs=0.01) and exact == pytest.approx(0.34, abs=0.01)
+
+
+def law_velocity(r):
+    """The corrector's exact velocity for z ~ N(0, r^2)."""
+
+    def velocity(y, t):
+        t = column(0.5 * math.pi * t, y)
+        return 0.5 * math.pi * (r**2 - 1) * t.sin() * t.cos() / (t.cos() ** 2 + r**2 * t.sin() ** 2) * y
+
+    return velocity
+
+
+@pytest.mark.parametrize("times", ["left", "middle"])
+@pytest.mark.parametrize("r", [0.5, 1.0, 1.8])
+def test_exact_corrector_has_the_law_of_the_noises(r, times):
+    one = torch.ones(2, 1, 1, 1, dtype=torch.float64)
+    errors = [abs(correct(law_velocity(r), one, steps, times)[0].item() - r) for steps in (50, 100, 1000)]
+    assert errors[2] < 5e-3 and errors[1] <= 0.6 * errors[0] + 1e-12
+    if r == 1:
+        assert errors == [0, 0, 0]
+    # whole chain: T of the corrected noise has the pictures' law
+    std = 0.3
+    ratio = std / sampled_std(std, EVEN)
+    z = correct(law_velocity(ratio), one, 2000, "middle")
+    assert euler_sample(gaussian_velocity(std), z, EVEN)[0].item() == pytest.approx(std, rel=1e-3)
+
+
+def test_correct_is_evaluated_at_these_times():
+    for times, expected in (("left", [0, 0.25, 0.5, 0.75]), ("middle", [0.125, 0.375, 0.625, 0.875])):
+        seen = []
+        found = correct(lambda y, t: seen.append(t.tolist()) or torch.ones_like(y), torch.zeros(2, 1), 4, times)
+        assert seen == [[t, t] for t in expected] and torch.equal(found, torch.ones(2, 1))
+
+
+def test_interpolant():
+    eps, z = randn(7, 2, 3, 3), randn(7, 2, 3, 3, seed=1)
+    t = torch.linspace(0, 1, 7, dtype=torch.float64)
+    y, slope = interpolant(eps, z, t)
+    assert torch.allclose(y[0], eps[0]) and torch.allclose(y[-1], z[-1]) and y.shape == eps.shape
+    h = 1e-5
+    assert torch.allclose((interpolant(eps, z, t + h)[0] - interpolant(eps, z, t - h)[0]) / (2 * h), slope, atol=1e-8)
+    angle = math.pi / 6
+    third = interpolant(eps, z, torch.full_like(t, 1 / 3))[0]
+    assert torch.allclose(third, math.cos(angle) * eps + math.sin(angle) * z)
+
+
+@pytest.mark.parametrize("r", [1.0, 0.6])
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
+def test_velocity_is_zero_only_if_the_law_is_standard(r, t):
+    """The regression of dy/dt on y is the exact velocity: zero for N(0, I) at every t."""
+    y, slope = interpolant(randn(200_000, 1), r * randn(200_000, 1, seed=1), torch.full((200_000,), t, dtype=torch.float64))
+    expected = law_velocity(r)(torch.ones(1, 1, dtype=torch.float64), torch.tensor([t], dtype=torch.float64)).item()
+    assert_mean(((slope - expected * y) * y).flatten(), 0.0)
+    assert (expected == 0) == (r == 1)
+
+
+def new_unet(seed=0, size=8, channels=1, widths=(4, 8)):
+    torch.manual_seed(seed)
+    return common.new_unet(size, channels, widths)
+
+
+def zero_unet(**options):
+    network = new_unet(**options)
+    for parameter in network.conv_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    return network
+
+
+def settings_of(**more):
+    return {"corrector_steps": 3, "times": "left", "scale": 1.7, "normalise": "scale"} | more
+
+
+def test_new_corrector_is_the_control():
+    z, eps = 1.7 * randn(400, 1, 4, 4).float() @ randn(4, 4, seed=2).float() + 0.5, randn(6, 1, 4, 4, seed=1).float()
+    scale_only = Corrector(zero_unet(size=4), settings_of(), {})
+    assert torch.equal(scale_only(eps), 1.7 * eps) and torch.equal(scale_only.standardise(1.7 * eps), 1.7 * eps / 1.7)
+    law = dict(zip(("mean", "root", "inverse"), inc.gaussian_of(z)))
+    gaussian = Corrector(zero_unet(size=4), settings_of(), law)
+    white = gaussian.standardise(z).flatten(1)
+    assert white.mean(0).abs().max() < 1e-3 and (torch.cov(white.T) - torch.eye(16)).abs().max() < 1e-2
+    assert torch.allclose(gaussian.destandardise(gaussian.standardise(z)), z, atol=1e-3)
+    assert torch.equal(gaussian(eps), gaussian.destandardise(eps))
+    many = gaussian.destandardise(torch.randn(100_000, 1, 4, 4, generator=seeded(3))).flatten(1)
+    assert frechet_distance(many, z.flatten(1)) < 1e-3 * torch.cov(z.flatten(1).T).trace()
+
+
+class PerChannel(torch.nn.Module):
+    """y -> y times a polynomial of t, one for each channel: holds the exact velocity of N(0, diag) well enough."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(6, channels))
+
+    def forward(self, y, t):
+        t = t / 500 - 1
+        factor = torch.stack([t**k for k in range(6)], 1) @ self.weight
+        return SimpleNamespace(sample=y * factor[:, :, None, None])
+
+
+def test_learnt_corrector_has_the_known_law():
+    """z ~ N(0, diag(0.6, 1.4)^2): the trained corrector's noises have these deviations, the scale-only control's have not."""
+    stds = torch.tensor([0.6, 1.4]).view(1, 2, 1, 1)
+    z = stds * torch.randn(3000, 2, 1, 1, generator=seeded())
+    scale = z.square().mean().sqrt().item()
+    corrector = Corrector(PerChannel(2), settings_of(scale=scale, corrector_steps=50), {})
+    args = SimpleNamespace(
+        device="cpu", held_out=0.1, batch=256, sample_batch=500, updates=300, lr=0.05, seed=0, checkpoint_every=50
+    )
+    state, saved = {}, []
+    inc.train_corrector(corrector, z, args, state, lambda: saved.append(state["update"]))
+    assert saved == [50, 100, 150, 200, 250, 300] == [row["update"] for row in state["rows"][1:]]
+    made = corrector(torch.randn(20_000, 2, 1, 1, generator=seeded(1)))
+    assert made.std((0, 2, 3)).tolist() == pytest.approx([0.6, 1.4], rel=0.06)
+    assert state["best"] < state["rows"][0]["held_out"] - 0.05
+    assert state["rows"][0]["held_out"] == pytest.approx((math.pi / 2) ** 2, rel=0.2)  # E |dy/dt|^2, z / s having variance 1
+
+
+def test_best_held_out_weights_are_kept():
+    """30 noises and many updates: the held-out loss rises again, the kept weights are the least one's; at worst the control's."""
+    z = torch.randn(40, 2, 1, 1, generator=seeded())
+    corrector = Corrector(PerChannel(2), settings_of(), {})
+    args = SimpleNamespace(
+        device="cpu", held_out=0.25, batch=30, sample_batch=500, updates=60, lr=0.3, seed=0, checkpoint_every=10
+    )
+    state = {}
+    inc.train_corrector(corrector, z, args, state, lambda: None)
+    assert state["best"] == min(row["held_out"] for row in state["rows"]) < state["rows"][-1]["held_out"]
+    for name, value in corrector.network.state_dict().items():
+        assert torch.equal(value, state["final"][name])
+    assert not {"optimizer", "average", "weights"} & set(state)
+
+
+# ---------------------------------------------------------------- measures
+
+
+def exactly(mean, covariance, count=500, seed=0):
+    """A sample whose mean and covariance are exactly these."""
+    x = randn(count, len(mean), seed=seed)
+    x = x - x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+    return mean + x @ torch.linalg.cholesky(covariance).T
+
+
+def test_frechet_distance_of_gaussians():
+    d = 5
+    roots = [randn(d, d, seed=s) for s in (1, 2)]
+    s1, s2 = (root @ root.T + 0.1 * torch.eye(d, dtype=torch.float64) for root in roots)
+    m1, m2 = randn(d, seed=3), randn(d, seed=4)
+    cross = torch.linalg.eigvals(s1 @ s2).real.sqrt().sum()  # trace of the root of a product that is not symmetric
+    expected = ((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
+    a, b = exactly(m1, s1), exactly(m2, s2, 700, 5)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9) == pytest.approx(frechet_distance(b, a), rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9) and frechet_distance(a.float(), a.flip(0)) == pytest.approx(
+        0, abs=1e-5
+    )
+    one = torch.eye(d, dtype=torch.float64)
+    assert frechet_distance(exactly(m1, 4 * one), exactly(m1, 9 * one, seed=6)) == pytest.approx(d, rel=1e-9)  # d (3 - 2)^2
+    assert frechet_distance(exactly(m1, one), exactly(m1 + 2, one)) == pytest.approx(4 * d, rel=1e-9)
+    few = randn(4, d)  # fewer than dimensions: singular
+    assert frechet_distance(few, few + 1) == pytest.approx(d, rel=1e-6)
+
+
+def test_noise_statistics():
+    standard = inc.noise_statistics(randn(4000, 1, 16, 16))
+    expected = {"norm": 1, "norm_spread": 1 / math.sqrt(512), "mean": 0, "variance": 1, "kurtosis": 3}
+    expected |= {f"{name}_{lag}": 0 for name in ("correlation", "energy_correlation") for lag in (1, 2)}
+    assert standard == pytest.approx(expected, abs=0.02)
+    white = randn(4000, 1, 16, 17, seed=1)
+    smooth = (white[..., 1:] + white[..., :-1]) / math.sqrt(2)
+    found = inc.noise_statistics(smooth)  # correlated along rows only: one half, half of that with columns
+    assert [found["correlation_1"], found["correlation_2"], found["energy_correlation_1"]] == pytest.approx(
+        [0.25, 0, 0.125], abs=0.02
+    )
+    scale = torch.where(torch.rand(4000, 1, 1, 1, generator=seeded()) < 0.5, 0.5, 1.5).double()
+    mixture = inc.noise_statistics(scale * randn(4000, 1, 16, 16) + 0.3)
+    # E s^4 / (E s^2)^2 = 2.5625 / 1.5625
+    assert mixture["kurtosis"] == pytest.approx(3 * 2.5625 / 1.5625, rel=0.02) and mixture["mean"] == pytest.approx(
+        0.3, abs=0.02
+    )
+    assert mixture["energy_correlation_1"] == pytest.approx(1 / 6.125, rel=0.05) and abs(mixture["correlation_1"]) < 0.02
+    assert mixture["variance"] == pytest.approx(1.25, rel=0.05) and mixture["norm_spread"] > 0.3
+
+
+def test_count_flops():
+    linear, conv = torch.nn.Linear(5, 7), torch.nn.Conv2d(3, 8, 3, padding=1)
+    assert common.count_flops(lambda: linear(torch.ones(11, 5))) == 2 * 11 * 5 * 7
+    assert common.count_flops(lambda: conv(torch.ones(2, 3, 6, 6))) == 2 * 2 * 36 * 3 * 9 * 8
+    q = torch.ones(1, 2, 10, 4)
+    attention = common.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert attention == 2 * 2 * 2 * 10 * 10 * 4
+
+
+# ---------------------------------------------------------------- the world of shapes
+
+
+def test_world():
+    pictures, kinds, labels = flow_data.draw(600, 3)
+    assert (
+        pictures.shape == (600, 1, 16, 16) and pictures.dtype == torch.float32 and labels.shape == (600, len(flow_data.LABELS))
+    )
+    assert set(kinds.tolist()) == {0, 1, 2} and torch.equal(pictures, flow_data.draw(600, 3)[0])
+    x, y, radius, ground, fill = labels[:, :5].T.round(decimals=3)
+    rows, columns = torch.meshgrid(torch.arange(16) + 0.5, torch.arange(16) + 0.5, indexing="ij")
+    distance = ((rows - y[:, None, None]) ** 2 + (columns - x[:, None, None]) ** 2).sqrt()
+    outside, inside = distance > 1.3 * radius[:, None, None] + 1, distance < 0.3 * radius[:, None, None]
+    residual = pictures[:, 0] - torch.where(outside, ground[:, None, None], fill[:, None, None])
+    assert residual[outside].std().item() == pytest.approx(flow_data.GROUND_NOISE, rel=0.02)
+    assert residual[inside].std().item() == pytest.approx(flow_data.TEXTURE_NOISE, rel=0.05)
+    assert residual[outside].mean().abs() < 0.01 and residual[inside].mean().abs() < 0.03
+    varied, _, wrong = flow_data.draw(600, 3, vary=True)
+    assert wrong[:, 5].std() > 0.02 and (wrong[:, 7] == 0).double().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert not torch.equal(varied, pictures) and (labels[:, 5:7].std(0) == 0).all() and (labels[:, 7:] == 0).all()
+
+
+def test_feature_net_round_trip(tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    net, pictures = flow_data.FeatureNet(), torch.randn(5, 1, 16, 16)
+    net.scale.fill_(3)
+    save_file({name: value.half() for name, value in net.state_dict().items()}, tmp_path / "f.safetensors")
+    loaded = flow_data.FeatureNet.load(tmp_path / "f.safetensors")
+    assert loaded(pictures).shape == (5, 64) and torch.allclose(loaded(pictures), net(pictures), atol=1e-2)
+
+
+@pytest.mark.skipif(not (flow_data.FLOW / "features.safetensors").is_file(), reason="the embedded weights are not trained yet")
+def test_embedded_features_and_size():
+    net = flow_data.FeatureNet.load()
+    pictures, kinds, labels = flow_data.draw(1000, 12345)
+    logits, answers = net.answers(pictures)
+    assert (logits.argmax(1) == kinds).float().mean() > 0.9
+    assert all(torch.corrcoef(torch.stack(p))[0, 1] > 0.9 for p in zip(answers.T[:5], labels.T[:5]))
+    reference, floor = net(flow_data.draw(5000, 1)[0]), net(flow_data.draw(1000, 2)[0])
+    noisier = net(flow_data.draw(1000, 2)[0] + 0.05 * torch.randn(1000, 1, 16, 16, generator=seeded()))
+    assert frechet_distance(reference, noisier) > 1.5 * frechet_distance(reference, floor)
+    assert sum(f.stat().st_size for f in flow_data.FLOW.rglob("*") if f.is_file()) <= 4e6
+
+
+def test_training_script(tmp_path):
+    """A few updates: what it writes is what the scripts load, and another seed gives another flow."""
+    from shapes import train_flow
+
+    short = {"device": "cpu", "pictures": 100, "updates": 2, "batch": 4, "feature_updates": 2, "widths": (4, 8)}
+    train_flow.main(train_flow.Args(out=tmp_path / "flow", **short))
+    train_flow.main(train_flow.Args(out=tmp_path / "other", seed=1, features=False, **short))
+    assert common.check_flow(str(tmp_path / "flow")) == (1, 16, 16)
+    first, other = (Flow.load(tmp_path / name, "cpu") for name in ("flow", "other"))
+    assert common.model_hash(first.network) != common.model_hash(other.network)
+    assert (
+        next(first.network.parameters()).dtype == torch.float32 and not (tmp_path / "other" / "features.safetensors").exists()
+    )
+    features = flow_data.FeatureNet.load(tmp_path / "flow" / "features.safetensors")(flow_data.draw(2000, 1)[0])
+    assert torch.allclose(features.std(0), torch.ones(64), atol=0.6)
+    with pytest.raises(SystemExit, match="unet exists"):
+        train_flow.main(train_flow.Args(out=tmp_path / "flow", **short))
+
+
+# ---------------------------------------------------------------- stock models
+
+
+def save_flow(folder, network, **scheduler):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    Flow(network, FlowMatchEulerDiscreteScheduler(**scheduler), "cpu").save(folder)
+    return str(folder)
+
+
+def damped(network):
+    network.conv_out.weight.data *= 0.1
+    return network
+
+
+def tiny_transformer():
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    sizes = {
+        "sample_size": 8,
+        "patch_size": 4,
+        "in_channels": 1,
+        "num_layers": 1,
+        "num_embeds_ada_norm": 5,
+        "norm_num_groups": 1,
+    }
+    return DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, attention_bias=True, **sizes)
+
+
+@pytest.fixture(scope="module")
+def tiny_flow(tmp_path_factory):
+    """Folder of a UNet2DModel flow with random weights, small enough to be inverted in 3 steps, 8 x 8 grey."""
+    return save_flow(tmp_path_factory.mktemp("flows") / "tiny", damped(new_unet()))
+
+
+@pytest.mark.parametrize(
+    "kind, power, shift", [("unet", 1.0, 1.0), ("unet", 0.7, 1.0), ("unet", 1.0, 3.0), ("transformer", 1.0, 1.0)]
+)
+def test_euler_sample_equals_the_stock_scheduler(tmp_path, kind, power, shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    folder = save_flow(tmp_path / "flow", new_unet() if kind == "unet" else tiny_transformer(), shift=shift)
+    flow = Flow.load(folder, "cpu")
+    assert common.check_flow(folder) == flow.shape == (1, 8, 8)
+    noise = torch.randn(3, 1, 8, 8, generator=seeded())
+    found = euler_sample(flow.velocity, noise, flow.grid(5, power))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[(k / 5) ** power for k in (5, 4, 3, 2, 1)])
+    x = noise
+    for t in scheduler.timesteps:
+        more = {} if kind == "unet" else {"class_labels": torch.tensor([5] * 3)}
+        with torch.no_grad():
+            x = scheduler.step(flow.network(x, t.expand(3), **more).sample, t, x).prev_sample
+    assert torch.allclose(found, x, atol=1e-6) and (found - noise).abs().max() > 0.1
+    expected = torch.tensor([1, 0.8, 0.6, 0.4, 0.2, 0]) ** power
+    assert torch.allclose(flow.grid(5, power), shift * expected / (1 + (shift - 1) * expected))
+
+
+def test_grid_is_even_unlike_the_schedulers_own(tiny_flow):
+    flow = Flow.load(tiny_flow, "cpu")
+    assert torch.allclose(flow.grid(8, 1.0), EVEN.float())
+    flow.scheduler.set_timesteps(8)
+    assert flow.scheduler.sigmas[-2] < 0.01
+
+
+def test_flow_loss():
+    """Its minimiser is E[eps - x | x_sigma]: for Gaussian pictures the known velocity beats changed ones."""
+    x, eps, sigma = (
+        0.3 * randn(50_000, 1),
+        randn(50_000, 1, seed=1),
+        torch.rand(50_000, generator=seeded(2), dtype=torch.float64),
+    )
+    exact = gaussian_velocity(0.3)
+    best = inc.flow_loss(exact, x, eps, sigma)
+    for other in (
+        lambda x, s: 1.05 * exact(x, s),
+        lambda x, s: exact(x, 1 - s),
+        lambda x, s: -exact(x, s),
+        lambda x, s: exact(x, s) + 0.1,
+    ):
+        assert inc.flow_loss(other, x, eps, sigma) > best + 1e-3
+
+
+def test_model_hash(tiny_flow):
+    first, again, other = damped(new_unet()), Flow.load(tiny_flow, "cpu").network, damped(new_unet())
+    assert common.model_hash(first) == common.model_hash(again)
+    other.conv_out.bias.data[0] += 1e-6
+    assert common.model_hash(first) != common.model_hash(other)
+
+
+# ---------------------------------------------------------------- pictures of a folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folder of 90 small pictures, some colour, some not square."""
+    folder, rng = tmp_path_factory.mktemp("data") / "pictures", np.random.default_rng(0)
+    (folder / "more").mkdir(parents=True)
+    for i in range(90):
+        grey = np.clip(rng.normal(128, 25, (12, 12 + i % 3, 3)) + rng.uniform(-40, 40), 0, 255).astype(np.uint8)
+        Image.fromarray(grey).save(folder / ("more" if i % 2 else ".") / f"{i:03d}.png")
+    (folder / "notes.txt").write_text("no picture")
+    return str(folder)
+
+
+def test_load_pictures(data):
+    args = SimpleNamespace(data=data, data_noise=0.0, reference_share=0.4, pictures=30, eval_pictures=25, seed=0)
+    files = sorted(f for f in (ROOT / data).rglob("*.png"))
+    for shape in ((1, 8, 8), (3, 8, 8)):
+        found = inc.load_pictures(args, shape, files)
+        assert {name: tuple(x.shape) for name, x in found.items()} == {
+            "reference": (36, *shape),
+            "train": (54, *shape),
+            "invert": (30, *shape),
+            "floor": (25, *shape),
+        }
+        everything = torch.cat([found["reference"], found["train"]])
+        assert len(everything.unique(dim=0)) == 90 and -1 <= everything.min() < -0.3 < 0.3 < everything.max() <= 1
+        assert torch.equal(found["train"][:30], found["invert"])
+        image = Image.open(files[0])
+        assert image.size == (12, 12)
+        expected = np.asarray(image.convert("L" if shape[0] == 1 else "RGB").resize((8, 8), Image.Resampling.LANCZOS), float)
+        expected = torch.from_numpy(expected.reshape(8, 8, -1)).permute(2, 0, 1).float() / 127.5 - 1
+        assert (everything - expected).abs().amax((1, 2, 3)).min() < 1e-6
+        noisy = inc.load_pictures(SimpleNamespace(**{**vars(args), "data_noise": 0.2}), shape, files)
+        for name, x in found.items():
+            assert (noisy[name] - x).std().item() == pytest.approx(0.2, rel=0.1)
+
+
+# ---------------------------------------------------------------- one run, in a process of its own
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_flow, data):
+    """The shortest run that does everything; later arguments replace earlier ones."""
+    sizes = "--steps 3 --pictures 40 --sample_batch 16 --eval_pictures 20 --updates 5 --batch 8 --checkpoint_every 2"
+    more = "--corrector_widths 4 --corrector_steps 2 --eval_corrector_steps 3 --eval_powers 0.7 --features pixels --lr 0.01"
+    return f"--model {tiny_flow} --data {data} --device cpu {sizes} {more}".split()
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory):
+    """(folder, stdout) of a finished run."""
+    cwd = tmp_path_factory.mktemp("finished")
+    done = run_script([*arguments, "--output", "run"], cwd, SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in cwd.iterdir()] == ["run"]
+    return cwd / "run", done.stdout
+
+
+def test_run_folder_and_metrics(finished):
+    folder, out = finished
+    files = "args.json checkpoint.pt curve.png grid.png metrics.csv noise.png results.json"
+    assert {p.name for p in folder.iterdir()} == {*files.split(), "tensorboard", "corrector", "inversion"}
+    rows = read_metrics(folder)
+    assert [row["update"] for row in rows] == ["0", "2", "4", "5"]
+    assert rows[0]["held_out"] == rows[0]["identity"] == rows[3]["identity"] and rows[1]["held_out"] != rows[2]["held_out"]
+    for tag, points in read_scalars(folder).items():
+        assert points == [(int(row["update"]), pytest.approx(float(row[tag]), rel=1e-5)) for row in rows[1:]]
+    for name in ("curve.png", "grid.png", "noise.png"):
+        assert np.asarray(Image.open(folder / name)).std() > 0
+    for word in ("model", "sampler", "inversion", "corrector", "evaluation", "inverted", "control"):
+        assert f"\n  {word} " in out, word
+
+
+def test_results(finished, tiny_flow, data):
+    """Every row of the table made again: what it starts from, how many steps, its FLOPs, its distance."""
+    folder, out = finished
+    results = json.loads((folder / "results.json").read_text())
+    args = SimpleNamespace(data=data, data_noise=0.0, reference_share=0.5, pictures=40, eval_pictures=20, seed=0)
+    pictures = inc.load_pictures(args, (1, 8, 8), sorted((ROOT / data).rglob("*.png")))
+    flow = Flow.load(tiny_flow, "cpu")
+    sigmas = flow.grid(3, 1.0)
+    found = euler_invert(flow.velocity, pictures["invert"], sigmas, 60, 1e-3)
+    assert found.converged.all() and results["inversion"]["left_out"] == 0 and results["inversion"]["pictures"] == 40
+    assert results["inversion"]["calls"] == found.calls
+    error = (euler_sample(flow.velocity, found.noise, sigmas) - pictures["invert"]).square().flatten(1).mean(1).sqrt()
+    assert results["inversion"]["round_trip_error"] == pytest.approx(error.mean().item(), rel=1e-2)
+    assert 0 < results["inversion"]["largest_round_trip_error"] < 1e-2
+    learnt_from = found.noise[10:]  # the first ten choose the weights
+    assert results["scale"] == pytest.approx(learnt_from.square().mean().sqrt().item(), rel=1e-5)
+    assert results["noise"]["inverted"] == pytest.approx(inc.noise_statistics(found.noise), rel=1e-4)
+
+    corrector = Corrector.load(folder / "corrector", flow.network, set_grid(flow, 3))
+    mean, root, _ = inc.gaussian_of(learnt_from)
+    eps = torch.stack([torch.randn(1, 8, 8, generator=seeded(derived_seed("eval", i))) for i in range(20)])
+    gaussian = (mean + eps.flatten(1) @ root).view_as(eps)
+    call = common.count_flops(lambda: flow.velocity(eps[:1], sigmas[:1]))
+    correction = common.count_flops(lambda: corrector.network(eps[:1], 0.0))
+    matched = math.ceil((3 * call + 2 * correction) / call)
+    assert results["matched_steps"] == matched
+    expected = [("base", eps, k, 1.0, k * call) for k in sorted({3, matched, 6, 12})]
+    expected += [("base, grid power 0.7", eps, matched, 0.7, matched * call)]
+    expected += [("base trained on", None, k, 1.0, k * call) for k in sorted({3, matched})]
+    expected += [("scale only", results["scale"] * eps, 3, 1.0, 3 * call)]
+    expected += [("gaussian", gaussian, 3, 1.0, 3 * call + 2 * 64 * 64)]
+    expected += [("corrector", corrector(eps), 3, 1.0, 3 * call + 2 * correction)]
+    expected += [("corrector, M = 3", corrector(eps, 3), 3, 1.0, 3 * call + 3 * correction)]
+    measure = frechet_features("pixels", "cpu", 7)
+    reference = measure(pictures["reference"])
+    assert [(row["arm"], row["steps"]) for row in results["table"]] == [(name, k) for name, _, k, _, _ in expected]
+    for row, (name, z, k, power, flops) in zip(results["table"], expected):
+        assert row["flops"] == flops, name
+        if z is not None:
+            made = euler_sample(flow.velocity, z, flow.grid(k, power))
+            assert row["fd"] == pytest.approx(frechet_distance(reference, measure(made)), rel=1e-4), name
+        assert f"{row['fd']:>18.4f}" in out
+    assert results["floor"] == pytest.approx(frechet_distance(reference, measure(pictures["floor"])), rel=1e-6)
+    values = {(row["arm"], row["steps"]): row["fd"] for row in results["table"]}
+    assert values["base", 3] != values["base trained on", 3] and len(set(values.values())) == len(values)
+    assert results["corrector"]["flops"] == 2 * correction
+    assert results["training_flops"]["inversion"] == found.calls * call
+    corrector.network.requires_grad_(True)
+    one = common.count_flops(lambda: corrector.network(torch.zeros(8, 1, 8, 8), 0.0).sample.sum().backward())
+    assert results["training_flops"]["corrector"] == 5 * one
+    flow.network.requires_grad_(True)
+    one = common.count_flops(lambda: flow.network(torch.zeros(8, 1, 8, 8), 0.0).sample.sum().backward())
+    assert f"trained on for {round(sum(results['training_flops'].values()) / one)} updates" in out
+
+
+def set_grid(flow, steps):
+    flow.grid(steps, 1.0)
+    return flow.scheduler
+
+
+def test_snippet_makes_the_evaluated_picture(finished, tiny_flow, tmp_path):
+    folder, out = finished
+    snippet = out[out.index("import sys, torch; from diffusers") :]
+    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=environment(), check=True, timeout=300)
+    picture = Image.open(tmp_path / "corrected.png")
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    made, base = (next(r["pictures"][0] for r in state["rows"] if r["arm"] == arm) for arm in ("corrector", "base"))
+    expected, other = (((x[0].clamp(-1, 1) + 1) * 127.5).round().byte().numpy() for x in (made, base))
+    assert_same_pictures([picture], [Image.fromarray(expected)])
+    assert np.abs(expected.astype(float) - other).mean() > 0.5
+
+
+def test_corrector_refuses_another_model_or_grid(finished, tiny_flow):
+    folder, _ = finished
+    flow = Flow.load(tiny_flow, "cpu")
+    Corrector.load(folder / "corrector", flow.network, set_grid(flow, 3))
+    with pytest.raises(InputError, match="another model"):
+        Corrector.load(folder / "corrector", new_unet(seed=1), set_grid(flow, 3))
+    with pytest.raises(InputError, match=r"3 steps .* set to 4 .*\(k / 3\) for k in range\(3, 0, -1\)"):
+        Corrector.load(folder / "corrector", flow.network, set_grid(flow, 4))
+    with pytest.raises(InputError, match="no corrector.json"):
+        Corrector.load(folder, flow.network, set_grid(flow, 3))
+    flow.scheduler.set_timesteps(3)  # the scheduler's own three levels
+    with pytest.raises(InputError, match="set_timesteps"):
+        Corrector.load(folder / "corrector", flow.network, flow.scheduler)
+
+
+# ---------------------------------------------------------------- killed and resumed
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(arguments, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("uninterrupted")
+    assert exit_code([*arguments, "--output", "run"], cwd, script=SCRIPT) == 0, (cwd / "output.txt").read_text()
+    return cwd / "run"
+
+
+def test_same_arguments_same_run(finished, uninterrupted):
+    assert_same_run(finished[0], uninterrupted)
+
+
+KILLERS = [
+    [("os", "fsync", 3)],  # in the middle of writing the second batch's noises
+    [("torch.nn.utils", "clip_grad_norm_", 4)],  # between two updates of the corrector, two are saved
+    [
+        ("common", "write_csv", 2),
+        ("common", "save_checkpoint", 1),
+        ("torch.linalg", "eigvalsh", 3),
+    ],  # ... and in the evaluation
+    [("torch.nn.utils", "clip_grad_norm_", 8), ("common", "save_figure", 2)],  # base trained on; the end
+]
+
+
+@pytest.mark.parametrize("killers", KILLERS, ids=lambda k: "+".join(f"{name}{n}" for _, name, n in k))
+def test_killed_and_resumed(arguments, uninterrupted, tmp_path, killers):
+    argv = [*arguments, "--output", "run"]
+    for killer in killers:
+        assert exit_code(argv, tmp_path, killer, SCRIPT) == -signal.SIGKILL
+        argv = ["--resume", "run"]
+    assert exit_code(argv, tmp_path, script=SCRIPT) == 0, (tmp_path / "output.txt").read_text()
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_train_base_killed_and_resumed(arguments, tmp_path):
+    """A base trained in the run, RGB: interrupted or not the same, loadable, and the corrector belongs to it."""
+    flags = "--train_base --size 8 --channels 3 --base_widths 4,4 --base_updates 5 --no-longer --steps 20 --data_noise 0.5 --eval_steps 20 --eval_powers= --max_failed 0.5"
+    argv = [*arguments, *flags.split(), "--output", "run"]
+    cwds = [tmp_path / name for name in ("whole", "killed")]
+    for cwd in cwds:
+        cwd.mkdir()
+    assert exit_code(argv, cwds[0], script=SCRIPT) == 0, (cwds[0] / "output.txt").read_text()
+    assert exit_code(argv, cwds[1], ("torch.nn.utils", "clip_grad_norm_", 4), SCRIPT) == -signal.SIGKILL
+    assert exit_code(["--resume", "run"], cwds[1], script=SCRIPT) == 0, (cwds[1] / "output.txt").read_text()
+    assert_same_run(cwds[1] / "run", cwds[0] / "run")
+    flow = Flow.load(cwds[0] / "run" / "flow", "cpu")
+    assert flow.shape == (3, 8, 8) and common.check_flow(cwds[0] / "run" / "flow") == (3, 8, 8)
+    corrector = Corrector.load(cwds[0] / "run" / "corrector", flow.network, set_grid(flow, 20))
+    assert corrector(torch.zeros(2, 3, 8, 8)).shape == (2, 3, 8, 8)
+
+
+# ---------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    "flags", ["--normalise gaussian --times middle", "--grid_power 1.5 --data_noise 0.1 --no-longer --seed 3"]
+)
+def test_other_ways_to_run(arguments, finished, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run_inside([*arguments, *flags.split(), "--output", "run"], SCRIPT)
+    assert code == 0, error
+    before, after = (json.loads((folder / "results.json").read_text()) for folder in (finished[0], tmp_path / "run"))
+    rows = [{(row["arm"], row["steps"]): row["fd"] for row in r["table"]} for r in (before, after)]
+    if "gaussian" in flags:
+        assert (tmp_path / "run" / "corrector" / "law.safetensors").is_file()
+        same = {key for key in rows[0] if rows[1].get(key) == pytest.approx(rows[0][key], rel=1e-6)}
+        assert {("scale only", 3), ("gaussian", 3), ("base", 3)} <= same and ("corrector", 3) not in same
+        flow = Flow.load(json.loads((tmp_path / "run" / "args.json").read_text())["model"], "cpu")
+        assert Corrector.load(tmp_path / "run" / "corrector", flow.network, set_grid(flow, 3)).law
+    else:
+        assert rows[0]["base", 3] != rows[1]["base", 3] and ("base trained on", 3) not in rows[1]
+        assert before["floor"] != after["floor"] and before["scale"] != after["scale"]
+
+
+def test_too_many_failures_stop_the_run(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run_inside([*arguments, *"--max_iterations 1 --tolerance 1e-6 --output run".split()], SCRIPT)
+    assert_one_line(code, error.split("\r")[-1].lstrip(), "--data_noise")
+    assert not list((tmp_path / "run").rglob("corrector*"))
+
+
+def test_damaged_picture_is_named(arguments, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, tmp_path / "pictures")
+    (tmp_path / "pictures" / "000.png").write_bytes(b"no picture")
+    code, _, error = run_inside([*arguments, "--data", "pictures"], SCRIPT)
+    assert_one_line(code, error.split("\r")[-1].lstrip(), "000.png")
+
+
+# ---------------------------------------------------------------- bad input
+
+FILES = {
+    "full/something.txt": "",
+    "a_run/args.json": "{}",
+    "run_other/args.json": '{"rounds": 3}',
+    "empty/unet/config.json": "{",
+    "other/unet/config.json": '{"_class_name": "UNet2DConditionModel"}',
+    "ddpm/unet/config.json": '{"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1}',
+    "ddpm/scheduler/scheduler_config.json": '{"_class_name": "DDPMScheduler"}',
+    "dynamic/unet/config.json": '{"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1}',
+    "dynamic/scheduler/scheduler_config.json": '{"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": true}',
+    "classes/unet/config.json": '{"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "num_class_embeds": 10}',
+    "classes/scheduler/scheduler_config.json": '{"_class_name": "FlowMatchEulerDiscreteScheduler"}',
+    "few/picture.png": "",
+}
+CASES = {  # arguments -> what the message must contain; @ is the folder of FILES
+    "--model @/missing": "--model",
+    "--model @/full": "unet/",
+    "--model @/empty": "config.json",
+    "--model @/other": "UNet2DConditionModel",
+    "--model @/ddpm": "DDPMScheduler",
+    "--model @/dynamic": "use_dynamic_shifting",
+    "--model @/classes": "class",
+    "--data=": "--data",
+    "--data @/missing": "--data",
+    "--data @/few": "too few",
+    "--output @/full": "--output",
+    "--output @/a_run": "--resume",
+    "--device tpu": "--device",
+    "--features beauty": "--features",
+    "--features shapes": "--features shapes",
+    "--features inception": "torch-fidelity",
+    "--normalise no": "--normalise",
+    "--times right": "--times",
+    "--steps 1": "--steps",
+    "--steps 1001": "--steps",
+    "--grid_power 0": "--grid_power",
+    "--grid_power nan": "--grid_power",
+    "--pictures 5": "--pictures",
+    "--memory -1": "--memory",
+    "--tolerance 0": "--tolerance",
+    "--tolerance nan": "--tolerance",
+    "--max_iterations 0": "--max_iterations",
+    "--max_failed 1.5": "--max_failed",
+    "--data_noise -1": "--data_noise",
+    "--reference_share 1": "--reference_share",
+    "--held_out 0": "--held_out",
+    "--lr 0": "--lr",
+    "--longer_lr nan": "--longer_lr",
+    "--batch 0": "--batch",
+    "--updates 0": "--updates",
+    "--checkpoint_every 0": "--checkpoint_every",
+    "--sample_batch 0": "--sample_batch",
+    "--eval_pictures 3": "--eval_pictures",
+    "--eval_steps 3,x": "--eval_steps 3,x",
+    "--eval_powers 0": "--eval_powers",
+    "--eval_corrector_steps 0": "--eval_corrector_steps",
+    "--corrector_steps 0": "--corrector_steps",
+    "--corrector_widths 5": "--corrector_widths",
+    "--corrector_widths=": "--corrector_widths",
+    "--corrector_widths 4,4,4,4,4": "5 levels",
+    "--train_base --base_widths 3": "--base_widths",
+    "--train_base --channels 2": "--channels",
+    "--seed -1": "--seed",
+    "--updatez 3": "--updatez",
+}
+RESUMED = {
+    "--resume @/missing": "missing",
+    "--resume @/run_other": "args.json",
+    "--resume @/a_run --steps 7": "--steps 7",
+}
+
+
+@pytest.mark.parametrize("given", [*CASES, *RESUMED])
+def test_bad_input_is_found_before_the_model_loads(given, arguments, tmp_path, monkeypatch):
+    files, cwd = tmp_path / "files", tmp_path / "cwd"
+    for name, content in FILES.items():
+        (files / name).parent.mkdir(parents=True, exist_ok=True)
+        (files / name).write_text(content)
+    cwd.mkdir()
+    import diffusers
+
+    for kind in ("UNet2DModel", "FlowMatchEulerDiscreteScheduler"):
+        monkeypatch.setattr(getattr(diffusers, kind), "from_pretrained", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.chdir(cwd)
+    argv = given.replace("@", str(files)).split()
+    code, _, error = run_inside([*arguments, *argv] if given in CASES else argv, SCRIPT)
+    assert_one_line(code, error, (CASES | RESUMED)[given])
+    assert not list(cwd.iterdir())
+
+
+def test_features_inception_are_asked_for_as_the_package_wants(monkeypatch):
+    """uint8 RGB in, the first of a tuple out; the package itself is not needed here."""
+    seen = []
+
+    class Extractor(torch.nn.Module):
+        def __init__(self, name, features):
+            super().__init__()
+            seen.extend([name, features])
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8 and x.shape[1:] == (3, 8, 8)
+            return (x.float().flatten(1)[:, :4],)
+
+    module = SimpleNamespace(FeatureExtractorInceptionV3=Extractor)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
+    features = frechet_features("inception", "cpu", 4)
+    x = torch.linspace(-1.2, 1.2, 10 * 64).view(10, 1, 8, 8)
+    assert features(x).shape == (10, 4) and features(x).min() == 0 and features(x).max() <= 255
+    assert seen == ["inception-v3-compat", ["2048"]] * 1
