@@ -61,7 +61,7 @@ class Args:
     dtype: str = "float32"  # precision of the frozen model: float32, bfloat16 or float16; the policy is always float32
 
     model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a StableDiffusionPipeline (1.x, 2.x)
-    prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv or .jsonl (column `prompt`)
+    prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
     eval_samples: int = 4  # pictures per held-out prompt
     eval_every: int = 10  # iterations between evaluations at --steps; 0: only before and after
@@ -383,6 +383,7 @@ def prepare(args):
         prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
     if not prompts or len(held_out) < 2:
         raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
+    common.warn_of_overlap(prompts, held_out)
     others = [spec for spec in args.eval_rewards.split(",") if spec and spec != args.reward]
     rewards = [Reward(args.reward, "--reward"), *(Reward(spec, "--eval_rewards") for spec in others)]
     for reward in rewards:
