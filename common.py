@@ -176,17 +176,17 @@ def check_model_name(name: str) -> None:
         raise InputError(f"--model {name}: no such folder, and no hub id of the form owner/name")
 
 
-def check_device(device: str, dtype: str) -> str:
-    """The device that will be used ("cuda" or "cpu"); InputError for what this machine cannot do."""
+def check_device(device: str, dtype: str, of: str = "") -> str:
+    """The device that will be used ("cuda" or "cpu"); InputError for what this machine cannot do. of: "reward_" for its flags."""
     if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {device}: must be auto, cpu or cuda")
+        raise InputError(f"--{of}device {device}: must be auto, cpu or cuda")
     if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
+        raise InputError(f"--{of}dtype {dtype}: must be one of {', '.join(DTYPES)}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device found; use --device cpu, or install a CUDA build of torch")
+        raise InputError(f"--{of}device cuda: no CUDA device found; use --{of}device cpu, or install a CUDA build of torch")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if device == "cpu" and dtype == "float16":
-        raise InputError("--dtype float16 needs a CUDA device; on the CPU use --dtype float32 or bfloat16")
+        raise InputError(f"--{of}dtype float16 needs a CUDA device; on the CPU use --{of}dtype float32 or bfloat16")
     return device
 
 
