@@ -69,10 +69,12 @@ BASE = {  # default checkpoints that are to be used with the tokenizer and pictu
 
 
 def load_frozen(model_class, checkpoint, device, dtype):
-    """The model for inference. ValueError if weights are missing: transformers would make them up at random."""
+    """The model for inference. ValueError if its config.json or weights are missing: transformers would take a default size,
+    and make the weights up at random."""
     from transformers.utils import cached_file
 
-    cached_file(checkpoint, "config.json")  # raises if there is none; transformers would take a model of another size
+    if cached_file(checkpoint, "config.json") is None:
+        raise ValueError("has no config.json")
     model, report = model_class.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"has no weights for {min(report['missing_keys'])} of a {model_class.__name__}")
@@ -173,7 +175,7 @@ def vqa(checkpoint, device, dtype):
     if len(yes) != 1:
         raise ValueError("has a tokenizer that splits the word Yes")
 
-    def score(images, prompts):
+    def reward(images, prompts):
         pixels = processor([i.convert("RGB") for i in images], return_tensors="pt").to(model.device)
         counts = pixels["image_grid_thw"].prod(1) // processor.merge_size**2  # (n,) tokens of each picture
         texts = []
@@ -187,7 +189,7 @@ def vqa(checkpoint, device, dtype):
         logits = model(**tokens, **pixels, mm_token_type_ids=of_picture, logits_to_keep=1).logits  # (n, 1, vocabulary)
         return logits[:, -1].float().softmax(1)[:, yes[0]]
 
-    return score
+    return reward
 
 
 MODELS = {  # name: (function, default checkpoint)
@@ -202,10 +204,10 @@ MODELS = {  # name: (function, default checkpoint)
 @functools.cache  # a reward that stands in several sums is loaded once
 def load_model(name, checkpoint, device, dtype):
     """The reward `name` of MODELS."""
-    for library in ("diffusers", "transformers"):  # their notes while loading would bury the settings
-        logging = importlib.import_module(f"{library}.utils.logging")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its notes while loading would bury the settings
+    logging.disable_progress_bar()
     return MODELS[name][0](checkpoint, device, dtype)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import assert_one_line, run_inside
 from PIL import Image
+from safetensors import safe_open
 
 import rewards
 from common import InputError
@@ -121,6 +122,7 @@ def qwen_folder(request, tmp_path_factory):
     }[kind]
     ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
     ids |= {f"vision_{end}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{end}|>") for end in ("start", "end")}
+    ids["tie_word_embeddings"] = text["tie_word_embeddings"] = kind == "Qwen2VL"  # as in the published 2B model
     config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision, **ids)
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
@@ -128,6 +130,8 @@ def qwen_folder(request, tmp_path_factory):
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)
     model.save_pretrained(folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) == (kind != "Qwen2VL")  # noqa: SIM118
     return folder
 
 
@@ -360,15 +364,24 @@ def damaged(folder, to, damage):
     return to
 
 
-@pytest.mark.parametrize("damage", ["no weights", "cut weights", "no tokenizer", "no config", "half a model"])
-def test_damaged_checkpoint(clip_folder, tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        ("no weights", ""),
+        ("cut weights", ""),
+        ("no tokenizer", ""),
+        ("no config", "has no config.json"),
+        ("half a model", "has no weights for text_model"),
+    ],
+)
+def test_damaged_checkpoint(clip_folder, tmp_path, damage, reason):
     folder = damaged(clip_folder, tmp_path / "clip", damage)
     for name in ("clip", "pickscore", "hpsv2", "aesthetic"):
         with pytest.raises(InputError) as error:
             loaded(f"shapes_fit+{name}({folder})")
         message = str(error.value)
         assert message.startswith(f"--reward shapes_fit+{name}({folder}): {folder} cannot be loaded (")
-        assert message.endswith(f"'{name}(folder or hub id)'") and "\n" not in message
+        assert message.endswith(f"'{name}(folder or hub id)'") and "\n" not in message and reason in message
 
 
 @pytest.mark.parametrize("damage", ["no head", "other head"])
