@@ -92,7 +92,7 @@ def read_prompts(file: str, flag: str) -> list[str]:
     The column is given as file.csv:column; left out, it is the first of PROMPT_COLUMNS there is, in capitals or not. A .tsv
     file has no quoting: in PartiPrompts.tsv a quotation mark at the start belongs to the prompt.
     """
-    name, _, column = (file, "", "") if Path(file).is_file() else file.rpartition(":")
+    name, _, column = file.rpartition(":")
     if Path(name).suffix not in (".csv", ".tsv", ".jsonl"):
         name, column = file, ""
     path, kind = Path(name), Path(name).suffix

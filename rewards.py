@@ -349,13 +349,8 @@ def in_batches(function, size: int):
 
 def is_checkpoint(name: str) -> bool:
     """Whether it is a folder or looks like a hub id, owner/name."""
-    return (
-        bool(name)
-        and Path(name).is_dir()
-        or name.count("/") == 1
-        and not name.startswith((".", "/", "~"))
-        and not name.endswith("/")
-    )
+    hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+    return hub_id or name != "" and Path(name).is_dir()
 
 
 def load_function(spec: str, flag: str):

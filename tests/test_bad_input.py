@@ -326,11 +326,12 @@ def test_overlap_of_prompts(script, tiny_arguments, tmp_path, monkeypatch):
         raise Reached
 
     monkeypatch.setattr(common, "Model", model)
-    argv, printed = tiny_arguments[: tiny_arguments.index("--rounds")], []
+    (tmp_path / "train.txt").write_text("a red circle left of a blue square\nA blue square below a RED square\n")
+    argv, printed = [*tiny_arguments[: tiny_arguments.index("--rounds")], "--prompts", str(tmp_path / "train.txt")], []
     monkeypatch.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))
     for held_out, warned in (
         (["a red circle left of a green square", "a red square above a red circle"], None),
-        (["a red square above a red circle", "A blue square BELOW a red square"], "1 of the 2"),
+        (["a red square above a red circle", "a blue square BELOW a red square"], "1 of the 2"),
     ):
         (tmp_path / "held_out.txt").write_text("\n".join(held_out))
         with pytest.raises(Reached):

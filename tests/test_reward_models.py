@@ -312,6 +312,22 @@ def test_a_checkpoint_is_loaded_once(clip_folder, monkeypatch):
     assert len(loads) == 2
 
 
+def test_default_checkpoints_take_the_processor_of_their_base(clip_folder, monkeypatch):
+    given = []
+    clip = rewards.load_clip(str(clip_folder), str(clip_folder), "cpu", torch.float32)
+    monkeypatch.setattr(rewards, "load_clip", lambda *args: given.append(args[:2]) or clip)
+    monkeypatch.setattr("transformers.utils.cached_file", lambda _, name: clip_folder / name)
+    large, huge = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    expected = {"clip": (large, large), "pickscore": ("yuvalkirstain/PickScore_v1", huge), "aesthetic": (large, large)}
+    for name, files in (expected | {"hpsv2": ("adams-story/HPSv2-hf", huge)}).items():
+        MODELS[name][0](MODELS[name][1], "cpu", torch.float32)
+        assert set(given) == {files}
+        given.clear()
+        MODELS[name][0](str(clip_folder), "cpu", torch.float32)
+        assert set(given) == {(str(clip_folder), str(clip_folder))}
+        given.clear()
+
+
 def test_names_are_checked_before_any_model_loads(clip_folder, tiny_arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "load_model", lambda *_: pytest.fail("a model is loaded"))
     monkeypatch.chdir(tmp_path)
