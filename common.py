@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -90,40 +91,76 @@ def parse_arguments(cls, argv: list[str] | None = None):
 
 
 def read_prompts(file: str, flag: str) -> list[str]:
-    """Prompts of a .txt (one a line), .csv or .jsonl (column `prompt`) file, in order; InputError if there are none."""
-    path = Path(file)
-    if path.suffix not in (".txt", ".csv", ".jsonl"):
-        raise InputError(f"{flag} {file}: give a .txt file (one prompt a line), or .csv or .jsonl with a column `prompt`")
+    """Prompts of a .txt file (one a line), or of a column of a .csv, .tsv or .jsonl file, in order; InputError if there are none.
+
+    The column is given as file.csv:column; left out, it is the first of PROMPT_COLUMNS there is, in capitals or not. A .tsv
+    file has no quoting: in PartiPrompts.tsv a quotation mark at the start belongs to the prompt.
+    """
+    name, _, column = file.rpartition(":")
+    if Path(name).suffix not in (".csv", ".tsv", ".jsonl"):
+        name, column = file, ""
+    path, kind = Path(name), Path(name).suffix
+    if kind not in (".txt", ".csv", ".tsv", ".jsonl"):
+        raise InputError(
+            f"{flag} {file}: give a .txt file (one prompt a line), or .csv, .tsv or .jsonl with a column `prompt`"
+        )
     if not path.is_file():
         raise InputError(f"{flag} {file}: no such file")
     lines = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True), 1):
         try:
             lines.append(line.decode("utf-8"))
         except UnicodeDecodeError:
             raise InputError(f"{flag} {file}: line {number} is not UTF-8; save the file as UTF-8") from None
-    if path.suffix == ".csv":
-        try:
-            rows = list(csv.DictReader(lines))
-        except csv.Error as error:
-            raise InputError(f"{flag} {file}: is no proper CSV file ({error})") from None
-        if rows and "prompt" not in rows[0]:
-            raise InputError(f"{flag} {file}: no column `prompt` in the first line; there are {', '.join(map(str, rows[0]))}")
-        prompts = [row["prompt"] or "" for row in rows]
-    elif path.suffix == ".jsonl":
+    if kind == ".txt":
+        prompts = lines
+    elif kind == ".jsonl":
         prompts = []
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    prompts.append(str(json.loads(line)["prompt"]))
-                except (ValueError, KeyError, TypeError):
-                    raise InputError(f'{flag} {file}: line {number} is not {{"prompt": "..."}}') from None
+                    row = json.loads(line)
+                    column = column or choose_column(row.keys())
+                    prompts.append(row[column] + "")
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise InputError(f'{flag} {file}: line {number} is not {{"{column or "prompt"}": "..."}}') from None
     else:
-        prompts = lines
-    prompts = [p.strip() for p in prompts if p.strip()]
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
+        try:
+            reader = csv.DictReader(lines, **options)
+            columns, rows = reader.fieldnames or [], list(reader)
+        except csv.Error as error:
+            raise InputError(f"{flag} {file}: is no proper {kind} file ({error})") from None
+        chosen = column or choose_column(columns)
+        if rows and chosen not in columns:
+            raise InputError(
+                f"{flag} {file}: no column {chosen or 'prompt'!r} in the first line, which has {', '.join(columns)}; "
+                f"choose one as {path.name}:column"
+            )
+        prompts = [row[chosen] or "" for row in rows]
+    prompts = [" ".join(part.strip() for part in p.split("\n")).strip() for p in prompts]
+    prompts = [p for p in prompts if p]
     if not prompts:
         raise InputError(f"{flag} {file}: holds no prompt")
     return prompts
+
+
+def choose_column(columns) -> str | None:
+    """The first of PROMPT_COLUMNS among the names, whether in capitals or not."""
+    named = {c.strip().lower(): c for c in reversed(list(columns))}
+    return next((named[p] for p in PROMPT_COLUMNS if p in named), None)
+
+
+def warn_of_overlap(prompts: list[str], held_out: list[str]) -> None:
+    """Print a warning if prompts are trained on and held out at once."""
+    trained = {p.casefold() for p in prompts}
+    both = [p for p in held_out if p.casefold() in trained]
+    if both:
+        print(
+            f"warning: {len(both)} of the {len(held_out)} held-out prompts are trained on as well, {both[0]!r} for one; "
+            "what is reported as held out is then not quite",
+            file=sys.stderr,
+        )
 
 
 def check_model_name(name: str) -> None:
@@ -143,17 +180,17 @@ def check_model_name(name: str) -> None:
         raise InputError(f"--model {name}: no such folder, and no hub id of the form owner/name")
 
 
-def check_device(device: str, dtype: str) -> str:
-    """The device that will be used ("cuda" or "cpu"); InputError for what this machine cannot do."""
+def check_device(device: str, dtype: str, of: str = "") -> str:
+    """The device that will be used ("cuda" or "cpu"); InputError for what this machine cannot do. of: "reward_" for its flags."""
     if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {device}: must be auto, cpu or cuda")
+        raise InputError(f"--{of}device {device}: must be auto, cpu or cuda")
     if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
+        raise InputError(f"--{of}dtype {dtype}: must be one of {', '.join(DTYPES)}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device found; use --device cpu, or install a CUDA build of torch")
+        raise InputError(f"--{of}device cuda: no CUDA device found; use --{of}device cpu, or install a CUDA build of torch")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if device == "cpu" and dtype == "float16":
-        raise InputError("--dtype float16 needs a CUDA device; on the CPU use --dtype float32 or bfloat16")
+        raise InputError(f"--{of}dtype float16 needs a CUDA device; on the CPU use --{of}dtype float32 or bfloat16")
     return device
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import common
 from common import DTYPES, ROOT, InputError, Model, derived_seed
-from rewards import Reward, average_hash, diversity, image_statistics
+from rewards import average_hash, diversity, image_statistics, read_rewards, score
 
 AT_LEAST_ONE = "rounds prompts_per_round samples guidance sample_batch updates batch micro_batch lora_rank".split()
 RULES = ("topk", "preference", "exponential", "threshold", "none")
@@ -49,7 +49,7 @@ class Args:
     dtype: str = "float32"  # precision of the frozen model: float32, bfloat16 or float16; the LoRA is always float32
 
     model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a StableDiffusionPipeline (1.x, 2.x)
-    prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv or .jsonl (column `prompt`)
+    prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
     eval_samples: int = 4  # pictures per held-out prompt
     eval_every: int = 1  # rounds between evaluations; 0: only before and after
@@ -61,6 +61,9 @@ class Args:
 
     reward: str = "shapes_strict"  # to maximise: a name of rewards.py, path/to/file.py:function, or "0.7*one+0.3*other"
     eval_rewards: str | None = None  # rewards reported too, separated by commas (the shapes ones and JPEG; others JPEG)
+    reward_device: str = "auto"  # of rewards that are models: auto (CUDA if there is one), cpu or cuda
+    reward_dtype: str = "float32"  # their precision: float32, bfloat16 or float16
+    reward_batch: int = 16  # pictures that they judge at a time
 
     rounds: int = 3  # times to sample, accept and update
     prompts_per_round: int = 160  # prompts sampled in a round, none twice
@@ -232,7 +235,7 @@ def sample_and_score(model, rewards, prompts, seeds, args, label):
             raise InputError(f"{label}: NaN or Inf in the latents; use --dtype float32 or bfloat16, or a lower --lr")
         images = model.decode(x_0)
         latents.append(x_0.cpu())
-        scores.append({r.spec: r(images, prompts[part]) for r in rewards} | image_statistics(images))
+        scores.append(score(rewards, images, prompts[part]) | image_statistics(images))
         pictures += [p if i + j < 24 else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
     return torch.cat(latents), {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, pictures
 
@@ -308,11 +311,13 @@ def prepare(args):
         prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
     if not prompts or len(held_out) < 2:
         raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
-    others = [spec for spec in args.eval_rewards.split(",") if spec and spec != args.reward]
-    rewards = [Reward(args.reward, "--reward"), *(Reward(spec, "--eval_rewards") for spec in others)]
+    common.warn_of_overlap(prompts, held_out)
+    rewards = read_rewards(args.reward, args.eval_rewards)
     for reward in rewards:
         reward.check_prompts(prompts, "--prompts")
         reward.check_prompts(held_out, "--eval_prompts")
+    for reward in rewards:
+        reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
     return prompts, held_out, rewards
 
 

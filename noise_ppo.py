@@ -28,7 +28,7 @@ try:  # training needs these; to load and use what was learnt this file is enoug
 
     import common
     from common import DTYPES, InputError, Model, derived_seed
-    from rewards import Reward, diversity, image_statistics
+    from rewards import diversity, image_statistics, read_rewards, score
 except ImportError:
     if __name__ == "__main__":
         raise
@@ -61,7 +61,7 @@ class Args:
     dtype: str = "float32"  # precision of the frozen model: float32, bfloat16 or float16; the policy is always float32
 
     model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a StableDiffusionPipeline (1.x, 2.x)
-    prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv or .jsonl (column `prompt`)
+    prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
     eval_samples: int = 4  # pictures per held-out prompt
     eval_every: int = 10  # iterations between evaluations at --steps; 0: only before and after
@@ -74,6 +74,9 @@ class Args:
 
     reward: str | None = None  # to maximise: name of rewards.py, file.py:function, weighted sum (shapes_strict; others JPEG)
     eval_rewards: str | None = None  # rewards reported too, separated by commas (the shapes ones and JPEG; others JPEG)
+    reward_device: str = "auto"  # of rewards that are models: auto (CUDA if there is one), cpu or cuda
+    reward_dtype: str = "float32"  # their precision: float32, bfloat16 or float16
+    reward_batch: int = 16  # pictures that they judge at a time
 
     iterations: int = 60  # times to sample and update
     prompts_per_iteration: int = 64  # prompts sampled in an iteration, none twice
@@ -244,7 +247,7 @@ def sample_and_score(model, rewards, prompts, z, steps, args, label, statistics=
         if not x_0.isfinite().all():
             raise InputError(f"{label}: NaN or Inf in the latents; use --dtype float32 or bfloat16, or a lower --lr")
         images = model.decode(x_0)
-        scores.append({r.spec: r(images, prompts[part]) for r in rewards} | (image_statistics(images) if statistics else {}))
+        scores.append(score(rewards, images, prompts[part]) | (image_statistics(images) if statistics else {}))
         pictures += [p if i + j < 24 else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
     return {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, pictures
 
@@ -383,11 +386,13 @@ def prepare(args):
         prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
     if not prompts or len(held_out) < 2:
         raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
-    others = [spec for spec in args.eval_rewards.split(",") if spec and spec != args.reward]
-    rewards = [Reward(args.reward, "--reward"), *(Reward(spec, "--eval_rewards") for spec in others)]
+    common.warn_of_overlap(prompts, held_out)
+    rewards = read_rewards(args.reward, args.eval_rewards)
     for reward in rewards:
         reward.check_prompts(prompts, "--prompts")
         reward.check_prompts(held_out, "--eval_prompts")
+    for reward in rewards:
+        reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
     return prompts, held_out, rewards
 
 
@@ -499,6 +504,7 @@ def main(args, folder_known):
         # -------------------------------------------------------- EVALUATE, LOG
         row = {"iteration": it + 1, "reward": reward.mean().item(), "loss": sum(losses) / len(losses)}
         row |= {"clip_fraction": sum(clipped) / len(clipped), "explained_variance": explained_variance(reward, args.samples)}
+        row |= {name: values.mean().item() for name, values in scores.items() if name != args.reward}  # parts of a sum
         row |= policy_statistics(policy, text, z, old_mean, old_log_std) | {"reward_held_out": math.nan}
         last = it + 1 == args.iterations
         if last or args.eval_every and (it + 1) % args.eval_every == 0:

@@ -1,10 +1,12 @@
 """Rewards: `reward(images, prompts) -> tensor`. images: list of n PIL pictures, prompts: list of n strings, result: float32
 tensor (n,), larger is better. A reward may be anything: no gradient is needed.
 
-On the command line (--reward, --eval_rewards) a reward is a name from REWARDS, a function of your own as
-`path/to/file.py:function`, or a weighted sum of such: "0.7*shapes_graded+0.3*my.py:score".
+On the command line (--reward, --eval_rewards) a reward is a name from REWARDS or MODELS, a model's name with a checkpoint of
+your own, `clip(folder or hub id)`, a function of your own, `path/to/file.py:function`, or a weighted sum of such:
+"0.7*pickscore+0.3*my.py:score". Nothing inside parentheses is split: "0.5*(c++/my.py:score)+clip(models/a+b)".
 """
 
+import functools
 import importlib.util
 import io
 import math
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import InputError
+from common import DTYPES, InputError, check_device
 from shapes import flow_data
 from shapes.check import check
 from shapes.render import parse
@@ -57,26 +59,206 @@ def jpeg_incompressibility(images: list[Image.Image], prompts: list[str]) -> tor
 REWARDS = {f.__name__: f for f in (shapes_strict, shapes_graded, shapes_fit, jpeg_compressibility, jpeg_incompressibility)}
 
 
+# ---------------------------------------------------------------- rewards that are models
+# Each of the five functions at the end loads its model and returns a reward. checkpoint: a folder or a hub id.
+
+VIT_H, VIT_L = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14"
+BASE = {  # default checkpoints that are to be used with the tokenizer and picture processor, or the CLIP model, of another
+    "yuvalkirstain/PickScore_v1": VIT_H,
+    "adams-story/HPSv2-hf": VIT_H,
+    "trl-lib/ddpo-aesthetic-predictor": VIT_L,
+}
+
+
+def load_frozen(model_class, checkpoint, device, dtype):
+    """The model for inference. ValueError if its config.json or weights are missing: transformers would take a default size,
+    and make the weights up at random."""
+    from transformers.utils import cached_file
+
+    if cached_file(checkpoint, "config.json") is None:
+        raise ValueError("has no config.json")
+    model, report = model_class.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"has no weights for {min(report['missing_keys'])} of a {model_class.__name__}")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(checkpoint, vocabulary, **options):
+    """The tokenizer of a model with that vocabulary size. ValueError if its files are missing: transformers would make up an
+    empty one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
+    if len(tokenizer) < vocabulary / 2:  # some models have room for more than the tokenizer's
+        raise ValueError(f"the tokenizer in {checkpoint} has {len(tokenizer)} words, the model {vocabulary}")
+    return tokenizer
+
+
+@functools.cache  # one copy, whichever rewards use it
+def load_clip(checkpoint, processor, device, dtype):
+    """(CLIPModel, tokenizer, picture processor), the latter two from the folder or hub id `processor`."""
+    from transformers import AutoImageProcessor, CLIPModel
+
+    model = load_frozen(CLIPModel, checkpoint, device, dtype)
+    tokenizer = load_tokenizer(processor, model.config.text_config.vocab_size)
+    # backend: the pixels shall not depend on whether torchvision is installed
+    return model, tokenizer, AutoImageProcessor.from_pretrained(processor, backend="pil")
+
+
+def image_embeddings(model, processor, images):
+    """n pictures -> (n, width) float32, each of length 1."""
+    pixels = processor([i.convert("RGB") for i in images], return_tensors="pt").pixel_values
+    embeddings = model.get_image_features(pixels.to(model.device, model.dtype)).pooler_output  # projected already
+    return torch.nn.functional.normalize(embeddings.float(), dim=1)
+
+
+def text_embeddings(model, tokenizer, prompts):
+    """n prompts, each cut at the model's number of tokens (77) -> (n, width) float32, each of length 1."""
+    most = model.config.text_config.max_position_embeddings
+    tokens = tokenizer(prompts, padding=True, truncation=True, max_length=most, return_tensors="pt").to(model.device)
+    return torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=1)
+
+
+def clip(checkpoint, device, dtype):
+    """Cosine similarity of picture and prompt, in [-1, 1], as a rule 0.15 to 0.35: CLIPScore (arXiv 2104.08718) without its
+    factor 2.5 and its cut at 0."""
+    model, tokenizer, processor = load_clip(checkpoint, BASE.get(checkpoint, checkpoint), device, dtype)
+    return lambda images, prompts: (
+        image_embeddings(model, processor, images) * text_embeddings(model, tokenizer, prompts)
+    ).sum(1)
+
+
+def pickscore(checkpoint, device, dtype):
+    """exp(logit_scale) * cosine similarity, as a rule 17 to 24; a difference d between two pictures of a prompt means that
+    the first is preferred with probability 1 / (1 + exp(-d)). PickScore, arXiv 2305.01569. (Others divide by 26.)"""
+    cosine = clip(checkpoint, device, dtype)
+    scale = load_clip(checkpoint, BASE.get(checkpoint, checkpoint), device, dtype)[0].logit_scale.float().exp()
+    return lambda images, prompts: scale * cosine(images, prompts)
+
+
+def hpsv2(checkpoint, device, dtype):
+    """Cosine similarity, in [-1, 1], as a rule 0.2 to 0.3: HPSv2, arXiv 2306.09341, whose tables show 100 times this."""
+    return clip(checkpoint, device, dtype)
+
+
+def aesthetic(checkpoint, device, dtype):
+    """LAION's aesthetic predictor, about 1 to 10, as a rule 4 to 7, whatever the prompt: a linear stack on the normalised
+    embedding of CLIP ViT-L/14 (github.com/christophschuhmann/improved-aesthetic-predictor; used by DDPO, arXiv 2305.13301).
+    A checkpoint of your own holds aesthetic-model.pth and the CLIP model that it belongs to."""
+    from transformers.utils import cached_file
+
+    base = BASE.get(checkpoint, checkpoint)
+    model, _, processor = load_clip(base, base, device, dtype)
+    linear, dropout = torch.nn.Linear, torch.nn.Dropout  # no dropout here, but the names in the file count these layers
+    layers = [linear(768, 1024), dropout(0.2), linear(1024, 128), dropout(0.2), linear(128, 64), dropout(0.1)]
+    head = torch.nn.Sequential(*layers, linear(64, 16), linear(16, 1)).eval().requires_grad_(False)
+    weights = torch.load(cached_file(checkpoint, "aesthetic-model.pth"), map_location="cpu", weights_only=True)
+    head.load_state_dict({name.removeprefix("layers."): value for name, value in weights.items()})
+    head.to(device)  # float32
+    return lambda images, prompts: head(image_embeddings(model, processor, images)).squeeze(1)
+
+
+def vqa(checkpoint, device, dtype):
+    """P("Yes"), in [0, 1], as the first token of the answer to 'Does this image show "<prompt>"?', by a model of the Qwen-VL
+    family (2, 2.5, 3). VQAScore, arXiv 2404.01291; not comparable with that paper's numbers, which are CLIP-FlanT5's, nor
+    between checkpoints."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, ProcessorMixin
+
+    kind = AutoConfig.from_pretrained(checkpoint).model_type
+    if not (kind.startswith("qwen") and "vl" in kind):
+        raise ValueError(f"is a {kind}, not of the Qwen-VL family")
+    model = load_frozen(AutoModelForImageTextToText, checkpoint, device, dtype)
+    # the processor in one piece would need torchvision, for videos
+    tokenizer = load_tokenizer(checkpoint, model.config.text_config.vocab_size, padding_side="left")
+    processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
+    template = ProcessorMixin.get_processor_dict(checkpoint)[0].get("chat_template")
+    placeholder = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+    yes = tokenizer.encode("Yes", add_special_tokens=False)
+    if len(yes) != 1:
+        raise ValueError("has a tokenizer that splits the word Yes")
+
+    def reward(images, prompts):
+        pixels = processor([i.convert("RGB") for i in images], return_tensors="pt").to(model.device)
+        counts = pixels["image_grid_thw"].prod(1) // processor.merge_size**2  # (n,) tokens of each picture
+        texts = []
+        for prompt, count in zip(prompts, counts.tolist()):
+            question = {"type": "text", "text": f'Does this image show "{prompt}"?'}
+            chat = [{"role": "user", "content": [{"type": "image"}, question]}]
+            text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
+            texts.append(text.replace(placeholder, placeholder * count, 1))
+        tokens = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
+        of_picture = (tokens["input_ids"] == model.config.image_token_id).int()
+        logits = model(**tokens, **pixels, mm_token_type_ids=of_picture, logits_to_keep=1).logits  # (n, 1, vocabulary)
+        return logits[:, -1].float().softmax(1)[:, yes[0]]
+
+    return reward
+
+
+MODELS = {  # name: (function, default checkpoint)
+    "clip": (clip, VIT_L),
+    "pickscore": (pickscore, "yuvalkirstain/PickScore_v1"),
+    "hpsv2": (hpsv2, "adams-story/HPSv2-hf"),
+    "aesthetic": (aesthetic, "trl-lib/ddpo-aesthetic-predictor"),
+    "vqa": (vqa, "Qwen/Qwen2-VL-2B-Instruct"),
+}
+
+
+@functools.cache  # a reward that stands in several sums is loaded once
+def load_model(name, checkpoint, device, dtype):
+    """The reward `name` of MODELS."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its notes while loading would bury the settings
+    logging.disable_progress_bar()
+    return MODELS[name][0](checkpoint, device, dtype)
+
+
+# ---------------------------------------------------------------- the language of --reward and --eval_rewards
+
+
+def split(text: str, separator: str) -> list[str]:
+    """The pieces between separators that stand in no parentheses."""
+    pieces, depth = [""], 0
+    for character in text:
+        depth = max(0, depth + {"(": 1, ")": -1}.get(character, 0))
+        if character == separator and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return [piece.strip() for piece in pieces]
+
+
 class Reward:
-    """A weighted sum of rewards, callable like each of them. `parts` holds (weight, name, function)."""
+    """A weighted sum of rewards, callable like each of them. `parts` holds (weight, name, function); the function of a model
+    that is not loaded yet is None, and `models` has its {name: (name in MODELS, checkpoint)}."""
 
     def __init__(self, spec: str, flag: str = "--reward"):
-        """spec: "name", "path/to/file.py:function" or "w*one+w*other". InputError, naming `flag`, for anything else."""
-        self.spec, self.parts = spec, []
-        for term in spec.split("+"):
-            weight, star, name = (part.strip() for part in term.rpartition("*"))
+        """spec: as at the top of this file. InputError, naming `flag`, for anything else. Loads no model."""
+        self.spec, self.flag, self.parts, self.models = spec, flag, [], {}
+        for term in split(spec, "+"):
+            *weight, name = split(term, "*")
             try:
-                weight = float(weight) if star else 1.0
+                weight = float("*".join(weight)) if weight else 1.0
             except ValueError:
                 weight = math.nan
             if not math.isfinite(weight):
-                raise InputError(f"{flag} {spec}: the weight in {term.strip()!r} is no number")
+                raise InputError(f"{flag} {spec}: the weight in {term!r} is no number")
+            if name.startswith("(") and name.endswith(")"):
+                name = name[1:-1].strip()
+            kind, _, checkpoint = name.removesuffix(")").partition("(")
             if name in REWARDS:
                 function = REWARDS[name]
+            elif kind in MODELS and name in (kind, f"{kind}({checkpoint})"):
+                function, self.models[name] = None, (kind, checkpoint if name != kind else MODELS[kind][1])
+                if not is_checkpoint(self.models[name][1]):
+                    raise InputError(f"{flag} {spec}: {checkpoint!r} is no folder, and no hub id of the form owner/name")
             elif ".py:" in name:
                 function = load_function(name, flag)
             else:
-                raise InputError(f"{flag} {spec}: no reward {name!r}; take {', '.join(REWARDS)} or path/to/file.py:function")
+                raise InputError(
+                    f"{flag} {spec}: no reward {name!r}; take {', '.join([*REWARDS, *MODELS])} or path/to/file.py:function "
+                    "(in parentheses if there is a + or * in it)"
+                )
             self.parts.append((weight, name, function))
 
     def check_prompts(self, prompts: list[str], flag: str) -> None:
@@ -90,27 +272,87 @@ class Reward:
                         f"{flag}: {error}; for other prompts choose another --reward and --eval_rewards"
                     ) from None
 
-    def __call__(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        """(n,) float32. InputError, naming the reward and the prompt, if a part returns another shape or NaN or Inf."""
-        total = torch.zeros(len(images))
+    def load(self, device: str = "auto", dtype: str = "float32", batch: int = 16) -> None:
+        """Load the models among the parts, to judge `batch` pictures at a time. InputError, naming the flag, if one fails."""
+        device = check_device(device, dtype, "reward_")
+        if batch < 1:
+            raise InputError(f"--reward_batch {batch}: must be at least 1")
+        for i, (weight, name, _) in enumerate(self.parts):
+            if name in self.models:
+                kind, checkpoint = self.models[name]
+                try:
+                    function = load_model(kind, checkpoint, device, DTYPES[dtype])
+                except Exception as error:  # a broken folder makes the loaders raise many kinds
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                    raise InputError(
+                        f"{self.flag} {self.spec}: {checkpoint} cannot be loaded ({reason}); "
+                        f"another checkpoint is given as '{kind}(folder or hub id)'"
+                    ) from None
+                self.parts[i] = (weight, name, in_batches(function, batch))
+
+    def scores(self, images: list[Image.Image], prompts: list[str], known: dict | None = None) -> dict[str, torch.Tensor]:
+        """{spec: (n,) float32} and, of a sum, {part: (n,)} without its weight. known: scores of these pictures, not computed
+        again. InputError, naming the part and the prompt, if a part returns another shape or NaN or Inf."""
+        if any(function is None for _, _, function in self.parts):
+            self.load()
+        parts, total = {}, torch.zeros(len(images))
         for weight, name, function in self.parts:
-            try:
-                values = torch.as_tensor(function(images, prompts)).detach().float().cpu()
-            except Exception as error:  # the user's function may raise anything
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                raise InputError(
-                    f"reward {name}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
-                ) from error
-            if values.shape != (len(images),):
-                raise InputError(
-                    f"reward {name}: returned shape {tuple(values.shape)} for {len(images)} pictures, "
-                    f"must be ({len(images)},); first prompt {prompts[0]!r}"
-                )
-            if not values.isfinite().all():
-                bad = int((~values.isfinite()).nonzero()[0])
-                raise InputError(f"reward {name}: returned {values[bad].item()} for the prompt {prompts[bad]!r}")
-            total += weight * values
-        return total
+            if name not in parts:
+                parts[name] = known[name] if known and name in known else checked(name, function, images, prompts)
+            total += weight * parts[name]
+        return {self.spec: total} | (parts if len(self.parts) > 1 else {})
+
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        """(n,) float32: the weighted sum."""
+        return self.scores(images, prompts)[self.spec]
+
+
+def read_rewards(reward: str, eval_rewards: str) -> list[Reward]:
+    """The reward to maximise, then those of the list eval_rewards, separated by commas. Loads no model."""
+    others = [spec for spec in split(eval_rewards, ",") if spec and spec != reward]
+    return [Reward(reward, "--reward"), *(Reward(spec, "--eval_rewards") for spec in others)]
+
+
+def score(rewards: list[Reward], images: list[Image.Image], prompts: list[str]) -> dict[str, torch.Tensor]:
+    """{name: (n,)} of all rewards and of the parts of sums. What stands in several of them is computed once."""
+    found = {}
+    for reward in rewards:
+        found |= reward.scores(images, prompts, found)
+    return found
+
+
+def checked(name: str, function, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+    """function(images, prompts), (n,) float32 on the CPU; InputError, naming the reward `name`, for anything else."""
+    try:
+        values = torch.as_tensor(function(images, prompts)).detach().float().cpu()
+    except Exception as error:  # the user's function may raise anything
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(f"reward {name}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})") from error
+    if values.shape != (len(images),):
+        raise InputError(
+            f"reward {name}: returned shape {tuple(values.shape)} for {len(images)} pictures, "
+            f"must be ({len(images)},); first prompt {prompts[0]!r}"
+        )
+    if not values.isfinite().all():
+        bad = int((~values.isfinite()).nonzero()[0])
+        raise InputError(f"reward {name}: returned {values[bad].item()} for the prompt {prompts[bad]!r}")
+    return values
+
+
+def in_batches(function, size: int):
+    """The reward `function`, `size` pictures at a time, without gradients."""
+
+    @torch.no_grad()
+    def reward(images, prompts):
+        return torch.cat([function(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)])
+
+    return reward
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether it is a folder or looks like a hub id, owner/name."""
+    hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+    return hub_id or name != "" and Path(name).is_dir()
 
 
 def load_function(spec: str, flag: str):

@@ -15,11 +15,14 @@ FILES = {
     "empty.txt": b"",
     "blank.txt": b"\n  \n\t\n",
     "latin.txt": "a red circle\na caf\u00e9\n".encode("latin-1"),
-    "text.csv": b"id,text\n1,a red circle\n",
+    "words.csv": b"id,words\n1,a red circle\n",
+    "words.tsv": b"id\twords\n1\ta red circle\n",
     "header.csv": b"prompt\n",
     "long.csv": b'prompt\n"' + b"x" * 200_000 + b'"\n',  # more than the csv module takes
     "broken.jsonl": b'{"prompt": "a red circle"}\n\n{"prompt": \n',
     "list.jsonl": b"[1]\n",
+    "number.jsonl": b'{"prompt": "a red circle"}\n{"prompt": 3}\n',
+    "change.jsonl": b'{"text": "a red circle"}\n{"caption": "a red circle"}\n',
     "prompts.xlsx": b"a red circle\n",
     "one.txt": b"a red circle left of a blue square\n",
     "other.txt": b"a photo of a cat\na photo of a dog\n",
@@ -44,11 +47,18 @@ CASES = {
     "--prompts @/empty.txt": "empty.txt",
     "--prompts @/blank.txt": "blank.txt",
     "--prompts @/latin.txt": "latin.txt: line 2",
-    "--prompts @/text.csv": "text.csv",
+    "--prompts @/words.csv": "words.csv: no column 'prompt' in the first line, which has id, words",
+    "--prompts @/words.tsv": "words.tsv: no column 'prompt' in the first line, which has id, words",
+    "--prompts @/words.csv:Words": "words.csv:Words: no column 'Words'",
+    "--prompts @/missing.csv:words": "missing.csv:words: no such file",
+    "--prompts @/one.txt:words": "one.txt:words: give a .txt",
     "--prompts @/header.csv": "header.csv",
     "--prompts @/long.csv": "long.csv",
     "--prompts @/broken.jsonl": "broken.jsonl: line 3",
     "--prompts @/list.jsonl": "list.jsonl: line 1",
+    "--prompts @/number.jsonl": "number.jsonl: line 2",
+    "--prompts @/change.jsonl": "change.jsonl: line 2",
+    "--prompts @/change.jsonl:prompt": "change.jsonl:prompt: line 1",
     "--prompts @/prompts.xlsx": "prompts.xlsx",
     "--prompts @/one.txt --eval_prompts=": "one.txt",
     "--eval_prompts @/empty.txt": "--eval_prompts",
@@ -66,6 +76,14 @@ CASES = {
     "--reward @/raises.py:f": "two lines",
     "--reward @/syntax.py:f": "syntax.py",
     "--eval_rewards @/raises.py:f": "--eval_rewards",
+    "--reward clip(@/missing)": "missing' is no folder",
+    "--reward clip(@/full)": "--reward clip(",
+    "--eval_rewards jpeg_compressibility,0.5*vqa(@/full)": "--eval_rewards 0.5*vqa(",
+    "--reward_device tpu": "--reward_device tpu",
+    "--reward_device cuda": "--reward_device cuda",
+    "--reward_dtype int8": "--reward_dtype int8",
+    "--reward_device cpu --reward_dtype float16": "--reward_dtype float16",
+    "--reward_batch 0": "--reward_batch 0",
     "--rule best": "--rule best",
     "--rule threshold": "--threshold",
     "--rule exponential": "--beta",
@@ -135,7 +153,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("script", ["graft.py", "pgraft.py"])
 @pytest.mark.parametrize("arguments", [*CASES, *RESUMED])
 def test_bad_input_is_found_before_the_model_loads(arguments, script, files, tiny_arguments, tmp_path, monkeypatch):
-    if arguments == "--device cuda" and torch.cuda.is_available():
+    if arguments.endswith("device cuda") and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     monkeypatch.setattr(common, "Model", lambda *_: pytest.fail("the model is loaded"))
     monkeypatch.chdir(tmp_path)
@@ -238,3 +256,85 @@ def test_read_prompts(tmp_path, mark):
     for name, text in texts.items():
         (tmp_path / name).write_bytes(mark + text.encode())
         assert read_prompts(str(tmp_path / name), "--prompts") == expected, name
+
+
+GENEVAL = """{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
+{"tag": "colors", "include": [{"class": "car", "count": 1, "color": "red"}], "prompt": "a photo of a red car"}
+"""
+PARTI = """Prompt\tCategory\tChallenge\tNote
+bond\tAbstract\tBasic\tBiology-inspired concepts with multiple meanings
+"G I G G L E" painted in thick colorful lettering as graffiti.\tIllustrations\tWriting & Symbols\t
+"so it begins\tIllustrations\tWriting & Symbols\tLongest word: "a lung disease"
+42\tAbstract\tBasic\tSimple numbers
+"""
+DRAWBENCH = """Prompts,Category
+A red colored car.,Colors
+"One cat and two dogs, sitting on the grass.",Counting
+"A sign that says ""Deep
+Learning"".",Text
+"""
+PUBLISHED = {
+    "evaluation_metadata.jsonl": (GENEVAL, ["a photo of a bench", "a photo of a red car"]),
+    "PartiPrompts.tsv": (
+        PARTI,
+        ["bond", '"G I G G L E" painted in thick colorful lettering as graffiti.', '"so it begins', "42"],
+    ),
+    "drawbench.csv": (
+        DRAWBENCH,
+        ["A red colored car.", "One cat and two dogs, sitting on the grass.", 'A sign that says "Deep Learning".'],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_published_prompt_files(tmp_path, name, ends):
+    """Files in the layout of GenEval, PartiPrompts and DrawBench."""
+    text, expected = PUBLISHED[name]
+    (tmp_path / name).write_bytes(text.replace("\n", ends).encode())
+    assert read_prompts(str(tmp_path / name), "--prompts") == expected
+
+
+def test_column_of_prompts(tmp_path):
+    for kind, between in ((".csv", ","), (".tsv", "\t")):
+        for columns, chosen in (
+            ("Text,caption,id", "caption"),
+            ("id,TEXT", "TEXT"),
+            ("caption,Prompts, Prompt ", " Prompt "),
+            ("prompt,Prompt", "prompt"),
+        ):
+            file, names = tmp_path / f"file{kind}", columns.split(",")
+            rows = [between.join(names), between.join(f"in {name}" for name in names)]
+            file.write_text("\n".join(rows) + "\n")
+            assert read_prompts(str(file), "--prompts") == [f"in {chosen}".strip()]
+            for name in names:  # chosen by its exact name
+                assert read_prompts(f"{file}:{name}", "--prompts") == [f"in {name}".strip()]
+    line = json.dumps({"file_name": "a.png", "text": "in text", "Other": "in Other"})
+    (tmp_path / "metadata.jsonl").write_text(line + "\n")  # as --save_accepted writes it
+    assert read_prompts(str(tmp_path / "metadata.jsonl"), "--prompts") == ["in text"]
+    assert read_prompts(f"{tmp_path / 'metadata.jsonl'}:Other", "--prompts") == ["in Other"]
+    (tmp_path / "a:b.csv").write_text("prompt\nin a:b\n")
+    assert read_prompts(str(tmp_path / "a:b.csv"), "--prompts") == ["in a:b"]
+
+
+@pytest.mark.parametrize("script", ["graft.py", "pgraft.py", "noise_ppo.py"])
+def test_overlap_of_prompts(script, tiny_arguments, tmp_path, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def model(*_):
+        raise Reached
+
+    monkeypatch.setattr(common, "Model", model)
+    (tmp_path / "train.txt").write_text("a red circle left of a blue square\nA blue square below a RED square\n")
+    argv, printed = [*tiny_arguments[: tiny_arguments.index("--rounds")], "--prompts", str(tmp_path / "train.txt")], []
+    monkeypatch.setattr("builtins.print", lambda *text, **_: printed.append(" ".join(map(str, text))))
+    for held_out, warned in (
+        (["a red circle left of a green square", "a red square above a red circle"], None),
+        (["a red square above a red circle", "a blue square BELOW a red square"], "1 of the 2"),
+    ):
+        (tmp_path / "held_out.txt").write_text("\n".join(held_out))
+        with pytest.raises(Reached):
+            run_inside([*argv, "--eval_prompts", str(tmp_path / "held_out.txt")], script)
+        assert len(printed) == bool(warned)
+    assert printed[0].startswith("warning: 1 of the 2 held-out prompts") and held_out[1] in printed[0]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from common import InputError
-from rewards import REWARDS, Reward, average_hash, diversity, image_statistics
+from rewards import REWARDS, Reward, average_hash, diversity, image_statistics, read_rewards
 from shapes.render import paint
 
 PROMPT = "a red circle left of a blue square"
@@ -102,10 +102,28 @@ def test_two_user_files_of_one_name(tmp_path):
     assert Reward("+10*".join(specs))([GREY], [""]).tolist() == [21]
 
 
+@pytest.mark.parametrize("name", ["c++", "a*b", "a,b", "a (b)", "plain"])
+def test_parentheses_keep_a_path_together(tmp_path, name):
+    (tmp_path / name).mkdir()
+    spec = user_file(tmp_path / name, "return [3.0] * len(images)")
+    reward, other = read_rewards(f"0.5*({spec})+2*jpeg_incompressibility", f"({spec}),shapes_fit")[:2]
+    jpeg = REWARDS["jpeg_incompressibility"](PICTURES, PROMPTS)
+    torch.testing.assert_close(reward(PICTURES, PROMPTS), 1.5 + 2 * jpeg)
+    assert [part[1] for part in reward.parts] == [spec, "jpeg_incompressibility"]
+    assert other(PICTURES, PROMPTS).tolist() == [3.0] * 4
+    if name == "c++":
+        with pytest.raises(InputError, match="in parentheses"):
+            Reward(spec)
+
+
 @pytest.mark.parametrize(
     "spec, culprit",
     [
-        ("aesthetic", "'aesthetic'"),
+        ("beauty", "'beauty'"),
+        ("clip(a/b", "'clip(a/b'"),
+        ("clip)", "'clip)'"),
+        ("clip()", "''"),
+        ("2*3*shapes_fit", "'2*3*shapes_fit'"),
         ("", "''"),
         ("shapes_fit+", "''"),
         ("shapes_fit+sharpness", "'sharpness'"),
