@@ -40,7 +40,7 @@ DEFAULTS = {  # settings left out on the command line: (embedded shapes model, a
     "micro_batch": (64, 2),
     "eta": (1.0, 1.0),
 }
-FAMILY_DEFAULTS = {  # in place of those of any other model, the stock call's own: SD XL, SD 3
+FAMILY_DEFAULTS = {  # in place of those of any other model, the stock call's own
     "StableDiffusionXLPipeline": {"guidance": 5.0, "sample_batch": 4, "micro_batch": 1},
     "StableDiffusion3Pipeline": {"steps": 28, "guidance": 7.0, "eta": 0.0, "sample_batch": 4, "micro_batch": 1},
 }

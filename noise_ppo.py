@@ -50,7 +50,7 @@ DEFAULTS = {  # settings left out on the command line: (embedded shapes model, a
     "clip": (1e-3, 1e-4),
     "sample_batch": (64, 8),
 }
-FAMILY_DEFAULTS = {  # in place of those of any other model, the stock call's own: SD XL, SD 3
+FAMILY_DEFAULTS = {  # in place of those of any other model, the stock call's own
     "StableDiffusionXLPipeline": {"guidance": 5.0, "sample_batch": 4},
     "StableDiffusion3Pipeline": {"guidance": 7.0, "sample_batch": 4},
 }

@@ -49,9 +49,9 @@ DEFAULTS = {  # settings left out on the command line: (embedded shapes model, a
     "micro_batch": (64, 2),
     "eta": (1.0, 1.0),
 }
-FAMILY_DEFAULTS = {  # in place of those of any other model, the stock call's own: SD XL, SD 3
+FAMILY_DEFAULTS = {  # in place of those of any other model, the stock call's own (but eta: a flow's probe needs some)
     "StableDiffusionXLPipeline": {"guidance": 5.0, "sample_batch": 4, "micro_batch": 1},
-    "StableDiffusion3Pipeline": {"steps": 28, "guidance": 7.0, "sample_batch": 4, "micro_batch": 1},
+    "StableDiffusion3Pipeline": {"steps": 28, "guidance": 7.0, "eta": 0.5, "sample_batch": 4, "micro_batch": 1},
 }
 
 
@@ -74,7 +74,7 @@ class Args:
 
     steps: int | None = None  # steps of the sampler (10; other models 50; SD 3 28)
     guidance: float | None = None  # classifier-free guidance scale, 1 is none (1; other models 7.5; SD XL 5, SD 3 7)
-    eta: float | None = None  # 0 deterministic, 1 as random as DDPM; the probe needs some randomness (1)
+    eta: float | None = None  # 0 deterministic, 1 as random as DDPM; the probe needs some randomness (1; SD 3 0.5)
     sample_batch: int | None = None  # pictures sampled at a time; no picture depends on it (64; others 8; SD XL, SD 3 4)
 
     switch: str = "auto"  # level t / T in (0, 1) from which on the base model denoises; auto: as --probe recommends

@@ -193,6 +193,18 @@ def test_flow_step_is_the_sde_of_flow_grpo(eta, monkeypatch):
         flow_grpo_step(GaussianFlow(), 1.0, 0.9, eta)
 
 
+def test_what_few_steps_cost():
+    """README, "Samplers": the standard deviation that the samples of 28 steps of SD 3's grid lack."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(28)
+    sigmas = scheduler.sigmas.double().tolist()
+    for eta, lack in ((0.0, 0.051), (0.5, 0.059), (1.0, 0.092)):
+        mean, variance, _ = march(linear_step, sigmas, eta, 0.0, 1.0)[0.0]
+        assert (mean, 0.5 - variance**0.5) == (pytest.approx(GaussianFlow.M, abs=1e-4), pytest.approx(lack, abs=6e-4))
+
+
 def test_step_of_a_flow_in_closed_form():
     # eta 0: Euler. eta 1: the posterior of x' given x and x_0 under the forward kernel x = (alpha / alpha') x' + b w
     model, x, v = GaussianFlow(), 0.3, GaussianFlow().velocity(0.3, 0.7)
@@ -593,7 +605,8 @@ def test_whole_run(families, prompt_files, tmp_path, monkeypatch, kind, script):
     assert code == 0, error
     stored = json.loads(Path("run/args.json").read_text())
     assert stored["guidance"] == {"xl": 5.0, "sd3": 7.0}[kind] and stored.get("steps") == {"pgraft.py": 4}.get(script, 2)
-    assert stored.get("eta") == {("sd3", "graft.py"): 0.0}.get((kind, script), None if script == "noise_ppo.py" else 1.0)
+    eta = {("sd3", "graft.py"): 0.0, ("sd3", "pgraft.py"): 0.5}.get((kind, script), 1.0)
+    assert stored.get("eta") == (None if script == "noise_ppo.py" else eta)
     snippet = out[out.index("import torch; from diffusers") :]
     names = {"xl": "DDIMScheduler, StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
     assert f"from diffusers import {names[kind]}\n" in snippet
