@@ -27,6 +27,12 @@ ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 LORA_FILE = "pytorch_lora_weights.safetensors"
+FAMILIES = {  # pipeline class: further prompts that its encode_prompt takes
+    "StableDiffusionPipeline": (),  # 1.x, 2.x
+    "StableDiffusionXLPipeline": ("prompt_2",),
+    "StableDiffusion3Pipeline": ("prompt_2", "prompt_3"),
+}
+ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()  # the last four: the text in SD 3
 
 
 # ---------------------------------------------------------------- arguments and bad input
@@ -163,21 +169,27 @@ def warn_of_overlap(prompts: list[str], held_out: list[str]) -> None:
         )
 
 
-def check_model_name(name: str) -> None:
-    """InputError unless `name` is the folder of a supported pipeline or looks like a hub id (owner/name)."""
-    path = Path(name)
-    if path.exists():
-        index = path / "model_index.json"
-        if not index.is_file():
-            raise InputError(f"--model {name}: is no diffusers pipeline (no model_index.json)")
+def check_model_name(name: str) -> str:
+    """The pipeline class, one of FAMILIES, of a folder or hub id (owner/name). InputError for another; no weights are read."""
+    index = Path(name) / "model_index.json"
+    if not Path(name).exists():
+        if name.count("/") != 1 or name.startswith((".", "/")):
+            raise InputError(f"--model {name}: no such folder, and no hub id of the form owner/name")
+        from huggingface_hub import hf_hub_download
+
         try:
-            kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-        except (ValueError, AttributeError):
-            raise InputError(f"--model {name}: model_index.json is damaged") from None
-        if kind != "StableDiffusionPipeline":
-            raise InputError(f"--model {name}: is a {kind}; supported: StableDiffusionPipeline (1.x, 2.x)")
-    elif name.count("/") != 1 or name.startswith((".", "/")):
-        raise InputError(f"--model {name}: no such folder, and no hub id of the form owner/name")
+            index = Path(hf_hub_download(name, index.name))
+        except Exception as error:  # no network, no such model, no right to it: many kinds
+            raise InputError(f"--model {name}: cannot be loaded ({error})") from None
+    if not index.is_file():
+        raise InputError(f"--model {name}: is no diffusers pipeline (no model_index.json)")
+    try:
+        family = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError):
+        raise InputError(f"--model {name}: model_index.json is damaged") from None
+    if str(family) not in FAMILIES:
+        raise InputError(f"--model {name}: is a {family}; supported: {', '.join(FAMILIES)}")
+    return family
 
 
 def check_device(device: str, dtype: str, of: str = "") -> str:
@@ -198,63 +210,118 @@ def check_device(device: str, dtype: str, of: str = "") -> str:
 
 
 class Model:
-    """A loaded pipeline and the few calls in which model families differ. One family now: Stable Diffusion 1.x and 2.x."""
+    """A loaded pipeline of FAMILIES and the few calls in which they differ; without `t5`, SD 3 loads no third text encoder."""
 
-    def __init__(self, name: str, device: str, dtype: torch.dtype):
+    def __init__(self, name: str, device: str, dtype: torch.dtype, t5: bool = True):
         for library in ("diffusers", "transformers"):  # their notes while loading would bury the settings
             logging = importlib.import_module(f"{library}.utils.logging")
             logging.set_verbosity_error()
             logging.disable_progress_bar()
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        import diffusers
 
-        self.device, self.dtype, self.texts = device, dtype, {}
+        self.name, self.device, self.dtype, self.texts = name, device, dtype, {}
+        self.family = check_model_name(name)
+        self.part = "transformer" if self.family == "StableDiffusion3Pipeline" else "unet"
+        self.left_out = {} if t5 or self.part == "unet" else {"text_encoder_3": None, "tokenizer_3": None}
+        options = self.left_out | ({"safety_checker": None} if self.family == "StableDiffusionPipeline" else {})
         try:
-            pipeline = StableDiffusionPipeline.from_pretrained(name, dtype=dtype, safety_checker=None)
-            self.pipeline, self.denoiser = pipeline.to(device), pipeline.unet
-            self.encode([""])  # a missing tokenizer file shows only now
+            pipeline = getattr(diffusers, self.family).from_pretrained(name, dtype=dtype, **options)
+            for module in (m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)):
+                module.eval().requires_grad_(False)
+            self.pipeline, self.vae, self.denoiser = pipeline, pipeline.vae.to(device), getattr(pipeline, self.part).to(device)
+            size = self.denoiser.config.sample_size
+            self.latent_shape = (self.denoiser.config.in_channels, size, size)  # (channels, height, width)
+            self.remember([""])  # a missing tokenizer file shows only now
         except Exception as error:  # a broken folder makes the loaders raise many kinds
             raise InputError(f"--model {name}: cannot be loaded ({error})") from None
-        # latents are unbounded: a scheduler's default clipping to [-1, 1] would be wrong for them
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
-        self.prediction_type = pipeline.scheduler.config.prediction_type
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise InputError(f"--model {name}: prediction type {self.prediction_type}; supported: epsilon, v_prediction")
-        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            part.eval().requires_grad_(False)
+        self.set_scheduler()
         pipeline.set_progress_bar_config(disable=True)
-        self.train_timesteps = pipeline.scheduler.config.num_train_timesteps
-        size = pipeline.unet.config.sample_size
-        self.latent_shape = (pipeline.unet.config.in_channels, size, size)  # (channels, height, width)
+        if size >= 64:  # a batch of such pictures at once would be what needs the most memory
+            self.vae.enable_slicing()
+        if dtype == torch.float16 and "XL" in self.family and self.vae.config.force_upcast:
+            self.vae.float()
+
+    def set_scheduler(self) -> None:
+        """DDIM with the pipeline's own noise levels, or the flow's Euler steps. InputError for levels of another kind."""
+        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+        own, name = self.pipeline.scheduler, f"--model {self.name}"
+        self.train_timesteps = own.config.num_train_timesteps
+        if self.part == "transformer":
+            if type(own) is not FlowMatchEulerDiscreteScheduler or own.config.use_dynamic_shifting:
+                raise InputError(f"{name}: its scheduler must be FlowMatchEulerDiscreteScheduler, without dynamic shifting")
+            self.prediction_type, self.pipeline.scheduler = "flow", own.from_config(own.config, stochastic_sampling=False)
+            return
+        if not hasattr(own, "alphas_cumprod"):
+            raise InputError(f"{name}: its {type(own).__name__} has no noise levels that DDIM could use")
+        # latents are unbounded: a scheduler's default clipping to [-1, 1] would be wrong for them
+        scheduler = DDIMScheduler.from_config(own.config, clip_sample=False, thresholding=False)
+        self.prediction_type, self.pipeline.scheduler = scheduler.config.prediction_type, scheduler
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise InputError(f"{name}: prediction type {self.prediction_type}; supported: epsilon, v_prediction")
         # (T,) in float64: the square roots below are then exact to float32
-        self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.double()
+        self.alphas_cumprod = scheduler.alphas_cumprod.double()
+
+    def encode(self, prompts: list[str]) -> torch.Tensor:
+        """Text conditions (n, rows, width) on the device, in the model's dtype: the token states, and the pooled embedding in
+        further rows where the family has one; `split` takes them apart."""
+        self.remember(prompts)
+        return torch.stack([self.texts[p] for p in prompts]).to(self.device)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> torch.Tensor:
-        """Text states (n, tokens, width) on the device, in the model's dtype. Each prompt is computed once, then remembered."""
+    def remember(self, prompts: list[str]) -> None:
+        """Compute the text conditions of new prompts, once, and keep them in main memory. The text encoders stay there too and
+        are on the device only meanwhile."""
         new = [p for p in dict.fromkeys(prompts) if p not in self.texts]
-        for i in range(0, len(new), 64):
-            states = self.pipeline.encode_prompt(new[i : i + 64], self.device, 1, False)[0]
-            self.texts.update(zip(new[i : i + 64], states))
-        return torch.stack([self.texts[p] for p in prompts])
+        encoders = [m for name, m in self.pipeline.components.items() if "text_encoder" in name and m] if new else []
+        for encoder in encoders:
+            encoder.to(self.device)
+        options = dict.fromkeys(FAMILIES[self.family])
+        options |= {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        for part in (new[i : i + 64] for i in range(0, len(new), 64)):
+            states, _, *pooled = self.pipeline.encode_prompt(prompt=part, **options)
+            self.tokens, self.pooled = states.shape[1], pooled[0].shape[1] if pooled else 0
+            if pooled:  # filled up with zeros to whole rows
+                rows = torch.nn.functional.pad(pooled[0], (0, -self.pooled % states.shape[2]))
+                states = torch.cat([states, rows.unflatten(1, (-1, states.shape[2]))], 1)
+            self.texts.update(zip(part, states.to("cpu", self.dtype)))
+        if "" in new and self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            self.texts[""] = torch.zeros_like(self.texts[""])
+        for encoder in encoders:
+            encoder.to("cpu")
+
+    def split(self, text: torch.Tensor) -> tuple:
+        """(token states (n, tokens, width), pooled embedding (n, pooled) or None) of what `encode` returned."""
+        return text[:, : self.tokens], text[:, self.tokens :].flatten(1)[:, : self.pooled] if self.pooled else None
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """The model's raw prediction, float32. x: (batch, ...) latents, t: (batch,) or () timesteps, text: (batch, tokens, width)."""
-        return self.denoiser(x.to(self.dtype), t, encoder_hidden_states=text).sample.float()
+        """The model's raw prediction, float32. x: (batch, ...) latents, t: (batch,) or () timesteps, text: as encoded."""
+        (states, pooled), x = self.split(text), x.to(self.dtype)
+        if self.part == "transformer":
+            return self.denoiser(x, states, pooled, t.expand(len(x))).sample.float()
+        more = {}
+        if pooled is not None:
+            side = self.latent_shape[1] * self.pipeline.vae_scale_factor  # of the picture: original size, corner, target size
+            ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=self.dtype, device=x.device)
+            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.expand(len(x), -1)}
+        return self.denoiser(x, t, encoder_hidden_states=states, **more).sample.float()
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> list:
-        """PIL pictures of clean latents (n, ...)."""
-        latents = latents.to(self.device, self.dtype) / self.pipeline.vae.config.scaling_factor
-        return self.pipeline.image_processor.postprocess(self.pipeline.vae.decode(latents).sample, output_type="pil")
+    def decode(self, latents: torch.Tensor, phase: str = "decode") -> list:
+        """PIL pictures of clean latents (n, ...). InputError that names the phase for NaN or Inf."""
+        latents = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
+        pictures = self.vae.decode(latents + (self.vae.config.shift_factor or 0)).sample
+        if not pictures.isfinite().all():
+            raise InputError(f"{phase}: NaN or Inf in the pictures; use --dtype float32 or bfloat16, or a lower --lr")
+        return self.pipeline.image_processor.postprocess(pictures, output_type="pil")
 
-    def timesteps(self, steps: int) -> list[int]:
+    def timesteps(self, steps: int) -> list:
         """The scheduler's timesteps, noisy to clean. InputError where the stock DDIM step would mistake the next one."""
         if steps >= self.train_timesteps:
             raise InputError(f"--steps {steps}: must be below the model's {self.train_timesteps} training steps")
-        stride = self.train_timesteps // steps
         self.pipeline.scheduler.set_timesteps(steps)
-        grid = self.pipeline.scheduler.timesteps.tolist()
-        if any(t - stride != after for t, after in zip(grid, grid[1:])):
+        grid, stride = self.pipeline.scheduler.timesteps.tolist(), self.train_timesteps // steps
+        if self.prediction_type != "flow" and any(t - stride != after for t, after in zip(grid, grid[1:])):
             spacing = self.pipeline.scheduler.config.timestep_spacing
             raise InputError(
                 f"--steps {steps}: with {spacing!r} spacing the DDIM scheduler's steps do not join up; "
@@ -262,13 +329,51 @@ class Model:
             )
         return grid
 
-    def alpha_sigma(self, t: int | torch.Tensor) -> tuple:
-        """alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t). A negative int is the level after the last step: floats then."""
-        if isinstance(t, int):
-            abar = self.alphas_cumprod[t] if t >= 0 else self.pipeline.scheduler.final_alpha_cumprod.double()
-            return abar.sqrt().item(), (1 - abar).sqrt().item()
-        abar = self.alphas_cumprod[t.cpu()]
-        return abar.sqrt().float().to(t.device), (1 - abar).sqrt().float().to(t.device)
+    def alpha_sigma(self, t: float | torch.Tensor) -> tuple:
+        """alpha_t, sigma_t: sqrt(abar_t), sqrt(1 - abar_t); of a flow 1 - t / T, t / T. A negative number is the level after the
+        last step. Floats for a number, float32 tensors for a tensor."""
+        if self.prediction_type == "flow":
+            sigma = (t.double() if isinstance(t, torch.Tensor) else max(t, 0)) / self.train_timesteps
+            alpha = 1 - sigma
+        else:
+            at = t.cpu() if isinstance(t, torch.Tensor) else torch.tensor(int(t))
+            abar = self.pipeline.scheduler.final_alpha_cumprod.double() if (at < 0).any() else self.alphas_cumprod[at]
+            alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
+        if isinstance(t, torch.Tensor):
+            return alpha.float().to(t.device), sigma.float().to(t.device)
+        return float(alpha), float(sigma)
+
+    def draw_timesteps(self, n: int, generator: torch.Generator, above: float = -1) -> torch.Tensor:
+        """(n,) timesteps to train on, above the timestep `above`: uniform; of a flow logit-normal and shifted as the scheduler
+        shifts, the density of diffusers' train_dreambooth_lora_sd3.py, cut off there (a thousandth above it)."""
+        if self.prediction_type != "flow":
+            return torch.randint(int(above) + 1, self.train_timesteps, (n,), generator=generator)
+        shift = self.pipeline.scheduler.shift
+        sigma = max(above, 0) / self.train_timesteps
+        sigma += (1 - sigma) / 1000
+        least = torch.tensor(sigma / (shift - (shift - 1) * sigma), dtype=torch.float64).logit()
+        chance = torch.special.ndtr(least)
+        chance = chance + (1 - chance) * torch.rand(n, generator=generator, dtype=torch.float64)
+        u = torch.special.ndtri(chance).sigmoid()
+        return (self.train_timesteps * shift * u / (1 + (shift - 1) * u)).float()
+
+    def stock_code(self, more: str = "") -> str:
+        """Lines of Python that load this model in stock diffusers as `pipe`; more: options of the DDIM scheduler."""
+        name, flow = str(Path(self.name).resolve()) if Path(self.name).exists() else self.name, self.prediction_type == "flow"
+        options = f"dtype={self.dtype}" + "".join(f", {key}=None" for key in self.left_out)
+        lines = ["import torch; from diffusers import " + ("" if flow else "DDIMScheduler, ") + self.family]
+        lines += [f"pipe = {self.family}.from_pretrained({name!r}, {options}).to({self.device!r})"]
+        ddim = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {more}clip_sample=False)"
+        return "\n".join(lines if flow else [*lines, ddim])
+
+    def stock_call(self, prompt: str, args, more: str = "") -> str:
+        """The call that makes the evaluation's first picture; more: further arguments. Stock flows know no eta."""
+        eta, remark = f"eta={args.eta}, ", ""
+        if self.prediction_type == "flow":
+            eta, remark = "", "# the stock flow is deterministic: not the picture of this run\n" if args.eta else ""
+        call = f"pipe({prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, {eta}"
+        generator = f"generator=torch.Generator().manual_seed({derived_seed('eval', 0, 0)})"
+        return f'{remark}{call}{generator}{more}).images[0].save("tuned.png")'
 
     # ------------------------------------------------------------ LoRA
 
@@ -278,7 +383,8 @@ class Model:
         from peft import LoraConfig
 
         layers = [n for n, m in self.denoiser.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
-        names = {"attention": ["to_q", "to_k", "to_v", "to_out.0"], "all": layers}.get(targets, targets.split(","))
+        attention = [n for n in ATTENTION if any(layer.endswith("." + n) for layer in layers)]
+        names = {"attention": attention, "all": layers}.get(targets, targets.split(","))
         unknown = [n for n in names if not any(layer == n or layer.endswith("." + n) for layer in layers)]
         if unknown:
             raise InputError(f"--lora_targets {targets}: the model has no linear or convolution layer {unknown[0]!r}")
@@ -335,12 +441,23 @@ class Model:
         from diffusers.training_utils import _collate_lora_metadata
         from peft.utils import get_peft_model_state_dict
 
-        # one naming for all keys: diffusers recognises a file by its first key and drops the others
         state = get_peft_model_state_dict(self.denoiser)
-        state = {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value for k, value in state.items()}
-        metadata = _collate_lora_metadata({"unet": self.denoiser})
-        self.pipeline.save_lora_weights(folder, unet_lora_layers=state, weight_name="part.safetensors", **metadata)
+        if self.part == "unet":  # one naming for all keys: diffusers recognises a file by its first key and drops the others
+            state = {k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value for k, value in state.items()}
+        options = {f"{self.part}_lora_layers": state, **_collate_lora_metadata({self.part: self.denoiser})}
+        self.pipeline.save_lora_weights(folder, weight_name="part.safetensors", **options)
         os.replace(folder / "part.safetensors", folder / LORA_FILE)
+
+
+def make_adamw(parameters: list, lr: float, eight_bit: bool) -> torch.optim.Optimizer:
+    """AdamW without weight decay, or bitsandbytes' with its state in 8 bits; InputError without that package."""
+    if not eight_bit:
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise InputError(f"--optimizer_8bit needs the package bitsandbytes ({error}); pip install bitsandbytes") from None
+    return AdamW8bit(parameters, lr=lr, weight_decay=0.0)
 
 
 # ---------------------------------------------------------------- unconditional flow models

@@ -1,12 +1,15 @@
 """GRAFT (generalised rejection sampling fine-tuning): sample, score, accept by a rule, fine-tune on what was accepted.
 Paper: "Fine-Tuning Diffusion Models via Intermediate Distribution Shaping", arXiv 2510.02692.   Run: python graft.py
 
-Notation  x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1; c the prompt; p the model that is sampled; r(x, c) the
-          reward; M samples a prompt, of which a rule accepts some: sample i with probability A(x_i), non-decreasing in r.
+Notation  x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1 (of a flow, as SD 3: alpha_t + sigma_t = 1); c the prompt;
+          p the model that is sampled; r(x, c) the reward; M samples a prompt, of which a rule accepts some: sample i with
+          probability A(x_i), non-decreasing in r.
 Equations (1) accepted samples follow  argmax_q  E_q[rhat] - KL(q || p)  with  rhat(x) = log E[A | X = x]: the rule is the regulariser
           (2) K best of M:  rhat = log sum_{j<K} C(M-1, j) U^(M-1-j) (1-U)^j,  U = P(r(X') <= r(x)), ties broken at random
           (3) KL(accepted || p) = integral_0^1 f log f du,  f = (M/K) exp(rhat);  K = 1: log M - (M-1)/M;  better of a pair: M = 2
-          (4) loss  E |prediction(x_t, t, c) - target|^2,  target eps, or v = alpha_t eps - sigma_t x_0
+          (4) loss  E |prediction(x_t, t, c) - target|^2,  target eps, or v = alpha_t eps - sigma_t x_0;  of a flow eps - x_0
+          (5) step to the next level: x' = alpha' x_0 + sqrt(sigma'^2 - std^2) eps + std w,  x_0 and eps as predicted,  w ~ N(0, I),
+              std = eta sigma' / sigma sqrt(sigma^2 - (alpha sigma' / alpha')^2):  DDIM; of a flow eta 0 is Euler's step
 Choices that the paper leaves open: a LoRA is tuned; groups in which no reward differs are skipped by the rules that rank;
 with guidance w > 1 the loss is on the guided prediction, because that is what samples (README, "Guidance").
 """
@@ -35,6 +38,11 @@ DEFAULTS = {  # settings left out on the command line: (embedded shapes model, a
     "lora_targets": ("all", "attention"),
     "lr": (1e-3, 1e-4),
     "micro_batch": (64, 2),
+    "eta": (1.0, 1.0),
+}
+FAMILY_DEFAULTS = {  # in place of those of any other model, the stock call's own
+    "StableDiffusionXLPipeline": {"guidance": 5.0, "sample_batch": 4, "micro_batch": 1},
+    "StableDiffusion3Pipeline": {"steps": 28, "guidance": 7.0, "eta": 0.0, "sample_batch": 4, "micro_batch": 1},
 }
 
 
@@ -48,16 +56,17 @@ class Args:
     device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
     dtype: str = "float32"  # precision of the frozen model: float32, bfloat16 or float16; the LoRA is always float32
 
-    model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a StableDiffusionPipeline (1.x, 2.x)
+    model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a Stable Diffusion 1.x, 2.x, XL or 3.x pipeline
+    t5: bool = True  # SD 3: load its third text encoder; --no-t5: 10 GB less, long prompts are read less well
     prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
     eval_samples: int = 4  # pictures per held-out prompt
     eval_every: int = 1  # rounds between evaluations; 0: only before and after
 
-    steps: int | None = None  # DDIM steps (10; other models 50)
-    guidance: float | None = None  # classifier-free guidance scale, 1 is none (1; other models 7.5)
-    eta: float = 1.0  # DDIM eta: 0 deterministic, 1 as random as DDPM
-    sample_batch: int | None = None  # pictures sampled at a time; no picture depends on it (64; other models 8)
+    steps: int | None = None  # steps of the sampler (10; other models 50; SD 3 28)
+    guidance: float | None = None  # classifier-free guidance scale, 1 is none (1; other models 7.5; SD XL 5, SD 3 7)
+    eta: float | None = None  # 0 deterministic, 1 as random as DDPM (1; SD 3 0, the stock sampler)
+    sample_batch: int | None = None  # pictures sampled at a time; no picture depends on it (64; others 8; SD XL, SD 3 4)
 
     reward: str = "shapes_strict"  # to maximise: a name of rewards.py, path/to/file.py:function, or "0.7*one+0.3*other"
     eval_rewards: str | None = None  # rewards reported too, separated by commas (the shapes ones and JPEG; others JPEG)
@@ -83,11 +92,12 @@ class Args:
     lora_targets: str | None = None  # attention, all (linear and convolution), or layer names (all; others attention)
     updates: int = 60  # optimiser updates per round
     batch: int = 64  # pictures per update
-    micro_batch: int | None = None  # pictures per backward pass, accumulated to --batch (64; other models 2)
+    micro_batch: int | None = None  # pictures per backward pass, accumulated to --batch (64; others 2; SD XL, SD 3 1)
     lr: float | None = None  # AdamW learning rate (1e-3; other models 1e-4)
     prompt_dropout: float = 0.0  # share of training prompts replaced by the empty one
     guided_loss: bool = True  # with guidance > 1, train the guided prediction; --no-guided_loss: the conditional one
     gradient_checkpointing: bool = False  # less memory, about a third slower
+    optimizer_8bit: bool = False  # AdamW of the package bitsandbytes, with its state in 8 bits
     save_accepted: bool = False  # write accepted pictures to <run>/accepted with metadata.jsonl (imagefolder)
 
 
@@ -177,7 +187,7 @@ def training_target(x_0, noise, alpha_t, sigma_t, prediction_type):
     """(x_t, target) of the denoising loss, equation (4). x_0, noise: (batch, ...); alpha_t, sigma_t: (batch,)."""
     alpha_t, sigma_t = (level.view(-1, *[1] * (x_0.dim() - 1)) for level in (alpha_t, sigma_t))
     x_t = alpha_t * x_0 + sigma_t * noise
-    return x_t, {"epsilon": noise, "v_prediction": alpha_t * noise - sigma_t * x_0}[prediction_type]
+    return x_t, {"epsilon": noise, "v_prediction": alpha_t * noise - sigma_t * x_0, "flow": noise - x_0}[prediction_type]
 
 
 # ================================================================ sampling
@@ -203,7 +213,12 @@ def draw_noise(seeds, steps, shape, dtype):
 
 @torch.no_grad()
 def sample(model, noise, text, guidance, eta):
-    """DDIM (arXiv 2010.02502, equation 12). noise: (steps + 1, batch, c, h, w) -> clean latents x_0 (batch, c, h, w), float32."""
+    """Equation (5). noise: (steps + 1, batch, c, h, w) -> clean latents x_0 (batch, c, h, w), float32.
+
+    DDIM is arXiv 2010.02502, equation 12. Of a flow, small steps with eta are the SDE of Flow-GRPO (arXiv 2505.05470) with
+    a = sqrt(2) eta, which keeps the flow's marginals; its Euler-Maruyama step is infinite at sigma = 1 and, where x_0 is certain,
+    leaves more noise than the level has.
+    """
     noise = noise.to(model.device, torch.float32)
     grid = model.timesteps(len(noise) - 1)
     times = torch.tensor(grid, device=model.device)  # one transfer, none inside the loop
@@ -213,12 +228,12 @@ def sample(model, noise, text, guidance, eta):
         alpha_next, sigma_next = model.alpha_sigma(grid[k + 1] if k + 1 < len(grid) else -1)
         prediction = guided_prediction(model, x, times[k], text, guidance)
         if model.prediction_type == "epsilon":
-            eps = prediction
-            x_0 = (x - sigma * eps) / alpha
-        else:  # v = alpha eps - sigma x_0
-            eps = alpha * prediction + sigma * x
-            x_0 = alpha * x - sigma * prediction
-        std = eta * sigma_next / sigma * math.sqrt(max(1 - alpha**2 / alpha_next**2, 0))
+            x_0, eps = (x - sigma * prediction) / alpha, prediction
+        elif model.prediction_type == "v_prediction":  # v = alpha eps - sigma x_0
+            x_0, eps = alpha * x - sigma * prediction, alpha * prediction + sigma * x
+        else:  # a flow's velocity eps - x_0
+            x_0, eps = x - sigma * prediction, x + alpha * prediction
+        std = eta * sigma_next / sigma * math.sqrt(max(sigma**2 - (alpha * sigma_next / alpha_next) ** 2, 0))
         x = alpha_next * x_0 + math.sqrt(max(sigma_next**2 - std**2, 0)) * eps + std * noise[k + 1]
     return x
 
@@ -231,9 +246,7 @@ def sample_and_score(model, rewards, prompts, seeds, args, label):
         part = slice(i, i + args.sample_batch)
         noise = draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)
         x_0 = sample(model, noise, model.encode(prompts[part]), args.guidance, args.eta)
-        if not x_0.isfinite().all():
-            raise InputError(f"{label}: NaN or Inf in the latents; use --dtype float32 or bfloat16, or a lower --lr")
-        images = model.decode(x_0)
+        images = model.decode(x_0, label)
         latents.append(x_0.cpu())
         scores.append(score(rewards, images, prompts[part]) | image_statistics(images))
         pictures += [p if i + j < 24 else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
@@ -281,11 +294,11 @@ def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
     embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
+    of_family = FAMILY_DEFAULTS.get(common.check_model_name(args.model), {})
     for name, (for_shapes, for_others) in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, for_shapes if embedded else for_others)
+            setattr(args, name, for_shapes if embedded else of_family.get(name, for_others))
     args.device = common.check_device(args.device, args.dtype)
-    common.check_model_name(args.model)
     common.check_output(args.output, args.resume)
     limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"top_k": (1, args.samples), "steps": (1, 999), "eta": (0, 1)}
     limits |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
@@ -352,12 +365,12 @@ def describe(args, model, parameters, per_round, held_out, folder):
 
 def main(args, folder_known):
     prompts, held_out, rewards = prepare(args)
-    model = Model(args.model, args.device, DTYPES[args.dtype])
+    model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
     model.timesteps(args.steps)
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     if args.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    optimizer = common.make_adamw(parameters, args.lr, args.optimizer_8bit)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
     schedule = schedule_prompts(len(prompts), args)
     folder = common.make_run_folder(args, "graft", args.model, args.seed)
@@ -365,7 +378,7 @@ def main(args, folder_known):
     print(describe(args, model, parameters, len(schedule[0]), held_out, folder), flush=True)
 
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
-    model.encode(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
+    model.remember(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
     state = common.load_checkpoint(folder) if args.resume else None
     if state:
         for name, parameter in model.lora().items():
@@ -437,7 +450,7 @@ def main(args, folder_known):
             index = order[update * args.batch : (update + 1) * args.batch]  # (batch,)
             x_0 = data[index].to(args.device)  # (batch, c, h, w)
             noise = torch.randn(x_0.shape, generator=generator).to(args.device)
-            t = torch.randint(model.train_timesteps, (args.batch,), generator=generator).to(args.device)
+            t = model.draw_timesteps(args.batch, generator).to(args.device)  # (batch,)
             drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout
             text = model.encode(["" if d else prompts[i] for d, i in zip(drop, about[index])])  # (batch, tokens, width)
             losses.append(0.0)
@@ -447,10 +460,11 @@ def main(args, folder_known):
                     loss = denoising_loss(model, x_0[part], text[part], t[part], noise[part], guidance)
                 scaler.scale(loss * len(part) / args.batch).backward()
                 losses[-1] += loss.item() * len(part) / args.batch
-            if not math.isfinite(losses[-1]):
-                raise InputError(f"round {r + 1}, update {update + 1}: loss {losses[-1]}; lower --lr or use --dtype float32")
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+            if not (math.isfinite(losses[-1]) and (math.isfinite(norm) or scaler.get_scale() > 1)):  # float16: scale and retry
+                found = f"round {r + 1}, update {update + 1}: loss {losses[-1]}, gradient norm {norm}"
+                raise InputError(f"{found}; lower --lr or use --dtype float32 or bfloat16")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -486,13 +500,9 @@ def main(args, folder_known):
     for row in table:
         print("{metric:<34}{base:>9.3f}{tuned:>9.3f}{difference:>+12.3f}  {se:.3f}".format(**row))
     print(f"\n{state['seconds']:.0f} s. In {folder}: the LoRA, results.json, metrics.csv, grid.png, curves.png. To use it:\n")
-    name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
-    print(f"""import torch; from diffusers import DDIMScheduler, StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained({name!r}, dtype=torch.{args.dtype}).to({args.device!r})
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    print(f"""{model.stock_code()}
 pipe.load_lora_weights({str(folder.resolve())!r})
-pipe({held_out[0]!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, eta={args.eta}, \
-generator=torch.Generator().manual_seed({derived_seed("eval", 0, 0)})).images[0].save("tuned.png")""")
+{model.stock_call(held_out[0], args)}""")
 
 
 def save_accepted(folder, model, rounds, prompts, args):

@@ -10,9 +10,11 @@ Equations (1) z = mu(c) + sigma(c) eps                    at the start mu = 0, s
           (5) KL(pi || N(0, I)) = sum over D of  (mu^2 + sigma^2 - 1 - log sigma^2) / 2
 Choices that the paper leaves open: log pi and KL are both means over D (--reduction sum: both sums; the gradient at rho = 1 is the
 same but for the factor D, so beta keeps its meaning, and only delta acts on another scale); steps are spaced "trailing" and divide
-the training steps, so that every number of steps starts at the same noise level and the same z means the same thing.
+the training steps, so that every number of steps starts at the same noise level and the same z means the same thing (a flow's
+steps always start at sigma = 1); the policy reads the token states, or the pooled embedding where the model has one (SD XL, SD 3).
 """
 
+import inspect
 import json
 import math
 import time
@@ -48,6 +50,10 @@ DEFAULTS = {  # settings left out on the command line: (embedded shapes model, a
     "clip": (1e-3, 1e-4),
     "sample_batch": (64, 8),
 }
+FAMILY_DEFAULTS = {  # in place of those of any other model, the stock call's own
+    "StableDiffusionXLPipeline": {"guidance": 5.0, "sample_batch": 4},
+    "StableDiffusion3Pipeline": {"guidance": 7.0, "sample_batch": 4},
+}
 
 
 @dataclass
@@ -60,17 +66,18 @@ class Args:
     device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
     dtype: str = "float32"  # precision of the frozen model: float32, bfloat16 or float16; the policy is always float32
 
-    model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a StableDiffusionPipeline (1.x, 2.x)
+    model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a Stable Diffusion 1.x, 2.x, XL or 3.x pipeline
+    t5: bool = True  # SD 3: load its third text encoder; --no-t5: 10 GB less, long prompts are read less well
     prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
     eval_samples: int = 4  # pictures per held-out prompt
     eval_every: int = 10  # iterations between evaluations at --steps; 0: only before and after
-    eval_steps: str = "4,5,10,20,40"  # numbers of DDIM steps of the final evaluation
+    eval_steps: str = "4,5,10,20,40"  # numbers of steps of the final evaluation
     controls: bool = True  # evaluate s eps and the policy's mean over prompts too; --no-controls: save the time
 
-    steps: int = 4  # DDIM steps while training; must divide the model's training steps
-    guidance: float | None = None  # classifier-free guidance scale, 1 is none (1; other models 7.5)
-    sample_batch: int | None = None  # pictures sampled at a time; no picture depends on it (64; other models 8)
+    steps: int = 4  # steps while training; must divide the training steps of SD 1.x, 2.x and XL
+    guidance: float | None = None  # classifier-free guidance scale, 1 is none (1; other models 7.5; SD XL 5, SD 3 7)
+    sample_batch: int | None = None  # pictures sampled at a time; no picture depends on it (64; others 8; SD XL, SD 3 4)
 
     reward: str | None = None  # to maximise: name of rewards.py, file.py:function, weighted sum (shapes_strict; others JPEG)
     eval_rewards: str | None = None  # rewards reported too, separated by commas (the shapes ones and JPEG; others JPEG)
@@ -139,8 +146,16 @@ def advantages(rewards, prompt_ids, normalise="batch"):
 # ================================================================ policy
 
 
+def read(model, prompts):
+    """What the policy reads of prompts: the token states (n, tokens, width), or the pooled embedding (n, 1, width) of the models
+    that have one, whose states are 10^5 to 10^6 numbers a prompt."""
+    model.remember(prompts)
+    parts = [model.split(model.encode(prompts[i : i + 64])) for i in range(0, len(prompts), 64)]
+    return torch.cat([states if pooled is None else pooled[:, None] for states, pooled in parts])
+
+
 class NoisePolicy(torch.nn.Module):
-    """pi(z | c), equation (1), on the frozen text encoder's token states (batch, tokens, width).
+    """pi(z | c), equation (1), on what `read` takes from the frozen text encoders (batch, tokens, width).
 
     Two layers on the standardised, flattened states, then mu and log sigma on a coarse grid, enlarged bilinearly to any latent
     size. The last layer starts at zero: N(0, I) exactly. In use:  policy = NoisePolicy.load(folder, pipe);
@@ -180,7 +195,10 @@ class NoisePolicy(torch.nn.Module):
         from diffusers.utils.torch_utils import randn_tensor
 
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        text = self.pipe.encode_prompt(prompts, self.pipe.device, 1, False)[0]
+        more = [name for name in inspect.signature(self.pipe.encode_prompt).parameters if name in ("prompt_2", "prompt_3")]
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False} | dict.fromkeys(more)
+        states, _, *pooled = self.pipe.encode_prompt(prompt=prompts, device=self.pipe.device, **options)
+        text = pooled[0][:, None] if pooled else states
         eps = randn_tensor((len(prompts), *self.latent_shape), generator, self.pipe.device, text.dtype)
         mean, log_std = self(text)
         return (mean + log_std.exp() * eps).to(text.dtype)
@@ -193,7 +211,7 @@ class NoisePolicy(torch.nn.Module):
 
     @classmethod
     def load(cls, folder, pipe):
-        """The policy saved in `folder`, for `pipe`, a StableDiffusionPipeline of the model it was learnt for."""
+        """The policy saved in `folder`, for `pipe`, the stock pipeline of the model it was learnt for."""
         policy = cls(**json.loads((Path(folder) / "noise_ppo.json").read_text(encoding="utf-8"))["policy"])
         policy.load_state_dict(safetensors.torch.load_file(Path(folder) / "policy.safetensors"))
         policy.pipe = pipe
@@ -219,20 +237,21 @@ def draw_noise(seeds, shape, dtype):
 
 @torch.no_grad()
 def sample(model, z, text, steps, guidance):
-    """DDIM with eta 0 (arXiv 2010.02502, equation 12). z: (batch, c, h, w) -> clean latents x_0 (batch, c, h, w), float32."""
+    """DDIM with eta 0 (arXiv 2010.02502, equation 12), which of a flow is Euler's step.
+    z: (batch, c, h, w) -> clean latents x_0 (batch, c, h, w), float32."""
     grid = model.timesteps(steps)
     times = torch.tensor(grid, device=model.device)  # one transfer, none inside the loop
-    x = z.to(model.device, model.dtype).float() * model.pipeline.scheduler.init_noise_sigma
+    x = z.to(model.device, model.dtype).float()
     for k, t in enumerate(grid):
         alpha, sigma = model.alpha_sigma(t)
         alpha_next, sigma_next = model.alpha_sigma(grid[k + 1] if k + 1 < len(grid) else -1)
         prediction = guided_prediction(model, x, times[k], text, guidance)
         if model.prediction_type == "epsilon":
-            eps = prediction
-            x_0 = (x - sigma * eps) / alpha
-        else:  # v = alpha eps - sigma x_0
-            eps = alpha * prediction + sigma * x
-            x_0 = alpha * x - sigma * prediction
+            x_0, eps = (x - sigma * prediction) / alpha, prediction
+        elif model.prediction_type == "v_prediction":  # v = alpha eps - sigma x_0
+            x_0, eps = alpha * x - sigma * prediction, alpha * prediction + sigma * x
+        else:  # a flow's velocity eps - x_0
+            x_0, eps = x - sigma * prediction, x + alpha * prediction
         x = alpha_next * x_0 + sigma_next * eps
     return x
 
@@ -244,9 +263,7 @@ def sample_and_score(model, rewards, prompts, z, steps, args, label, statistics=
     for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
         part = slice(i, i + args.sample_batch)
         x_0 = sample(model, z[part], model.encode(prompts[part]), steps, args.guidance)
-        if not x_0.isfinite().all():
-            raise InputError(f"{label}: NaN or Inf in the latents; use --dtype float32 or bfloat16, or a lower --lr")
-        images = model.decode(x_0)
+        images = model.decode(x_0, label)
         scores.append(score(rewards, images, prompts[part]) | (image_statistics(images) if statistics else {}))
         pictures += [p if i + j < 24 else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
     return {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, pictures
@@ -286,8 +303,8 @@ def final_evaluation(model, policy, rewards, prompts, held_out, args):
     Returns (results, {name: first 24 pictures at args.steps})."""
     zero = torch.zeros(1, *model.latent_shape)
     with torch.no_grad():
-        laws = {"standard": (zero, zero), "learnt": policy(model.encode(held_out))}  # name: (mean, log_std)
-        over_prompts = [part.mean(0, keepdim=True) for part in policy(model.encode(sorted(set(prompts))))]
+        laws = {"standard": (zero, zero), "learnt": policy(read(model, held_out))}  # name: (mean, log_std)
+        over_prompts = [part.mean(0, keepdim=True) for part in policy(read(model, sorted(set(prompts))))]
     results = {"kl": kl_to_standard_normal(*laws["learnt"]).mean().item()}
     results["kl_per_dimension"] = results["kl"] / zero.numel()
     if args.controls:
@@ -361,11 +378,11 @@ def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
     embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
+    of_family = FAMILY_DEFAULTS.get(common.check_model_name(args.model), {})
     for name, (for_shapes, for_others) in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, for_shapes if embedded else for_others)
+            setattr(args, name, for_shapes if embedded else of_family.get(name, for_others))
     args.device = common.check_device(args.device, args.dtype)
-    common.check_model_name(args.model)
     common.check_output(args.output, args.resume)
     eval_steps(args)
     limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"samples": (2, 10**9), "steps": (1, 999)}
@@ -411,14 +428,13 @@ def schedule_prompts(count, args):
 def describe(args, model, policy, per_iteration, held_out, folder):
     """The checked, derived settings."""
     pictures, numbers = per_iteration * args.samples, sum(p.numel() for p in policy.parameters())
-    parts = (model.denoiser, model.pipeline.vae, model.pipeline.text_encoder)
-    share = numbers / sum(p.numel() for part in parts for p in part.parameters())
+    share = numbers / sum(p.numel() for p in model.denoiser.parameters())
     learns = "sigma stays 1" if args.mean_only else "mu stays 0" if args.std_only else "mu and sigma"
     return f"""Noise PPO -> {folder}
   model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}, frozen
-  policy     {args.policy}, {learns}: {numbers:,} parameters, {share:.1%} of the model's; noise {tuple(model.latent_shape)}
+  policy     {args.policy}, {learns}: {numbers:,} parameters, {share:.1%} of the denoiser's; noise {tuple(model.latent_shape)}
   sampling   {args.iterations} iterations x {per_iteration} prompts x {args.samples} = {args.iterations * pictures} pictures, \
-{args.steps} DDIM steps, guidance {args.guidance:g}, reward {args.reward}
+{args.steps} steps, guidance {args.guidance:g}, reward {args.reward}
   update     {args.epochs} epochs in minibatches of {min(args.minibatch, pictures)}, clip {args.clip:g} on the ratio of the \
 {args.reduction} log-density, KL weight {args.kl_weight:g}, lr {args.lr:g}
   evaluation {len(held_out)} held-out prompts x {args.eval_samples} pictures at {args.eval_steps} steps, the same seeds for all noises"""
@@ -426,22 +442,24 @@ def describe(args, model, policy, per_iteration, held_out, folder):
 
 def main(args, folder_known):
     prompts, held_out, rewards = prepare(args)
-    model = Model(args.model, args.device, DTYPES[args.dtype])
-    scheduler = model.pipeline.scheduler
-    model.pipeline.scheduler = scheduler.from_config(scheduler.config, timestep_spacing="trailing")
-    for flag, steps in [("steps", args.steps), *(("eval_steps", steps) for steps in eval_steps(args))]:
-        if model.train_timesteps % steps:
-            raise InputError(f"--{flag} {steps}: must divide the model's {model.train_timesteps} training steps")
+    model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
+    scheduler, spacing = model.pipeline.scheduler, {}
+    if model.prediction_type != "flow":
+        spacing = {"timestep_spacing": "trailing", "clip_sample": False}
+        model.pipeline.scheduler = scheduler.from_config(scheduler.config, **spacing)
+        for flag, steps in [("steps", args.steps), *(("eval_steps", steps) for steps in eval_steps(args))]:
+            if model.train_timesteps % steps:
+                raise InputError(f"--{flag} {steps}: must divide the model's {model.train_timesteps} training steps")
     schedule = schedule_prompts(len(prompts), args)
     used = [prompts[i] for i in sorted({i for part in schedule for i in part})]
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
-    model.encode(["", *held_out, *used])
-    tokens, width = model.encode([""]).shape[1:]
+    model.remember(["", *held_out, *used])
+    tokens, width = read(model, [""]).shape[1:]
     shape = {"tokens": tokens, "width": width, "latent_shape": model.latent_shape, "hidden": args.hidden, "grid": args.grid}
     shape |= {"policy": args.policy, "mean_only": args.mean_only, "std_only": args.std_only}
     torch.manual_seed(args.seed)
     policy = NoisePolicy(**shape).to(args.device)
-    policy.standardise(model.encode(used))
+    policy.standardise(read(model, used))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
     folder = common.make_run_folder(args, "noise_ppo", args.model, args.seed)
     folder_known(folder)
@@ -456,7 +474,7 @@ def main(args, folder_known):
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state["iteration"] + 1)
     begun = time.perf_counter() - state["seconds"]
     settings = {"policy": shape, "model": args.model, "steps": args.steps, "guidance": args.guidance, "reward": args.reward}
-    settings |= {"scheduler": {"class": "DDIMScheduler", "timestep_spacing": "trailing", "clip_sample": False, "eta": 0.0}}
+    settings |= {"scheduler": {"class": type(scheduler).__name__, **spacing, "eta": 0.0}}
 
     def checkpoint():
         state.update(policy=policy.state_dict(), optimizer=optimizer.state_dict(), seconds=time.perf_counter() - begun)
@@ -472,7 +490,7 @@ def main(args, folder_known):
         chosen = torch.tensor(schedule[it]).repeat_interleave(args.samples)  # (n,) n = prompts x samples
         asked = [prompts[i] for i in chosen]
         seeds = [derived_seed(args.seed, it, i, j) for i in schedule[it] for j in range(args.samples)]
-        text = model.encode(asked)  # (n, tokens, width)
+        text = read(model, asked)  # (n, tokens, width)
         with torch.no_grad():
             old_mean, old_log_std = policy(text)  # (n, c, h, w)
             z = old_mean + old_log_std.exp() * draw_noise(seeds, model.latent_shape, torch.float32).to(args.device)
@@ -509,7 +527,7 @@ def main(args, folder_known):
         last = it + 1 == args.iterations
         if last or args.eval_every and (it + 1) % args.eval_every == 0:
             with torch.no_grad():
-                law = policy(model.encode(held_out))
+                law = policy(read(model, held_out))
             means, _ = evaluate(model, rewards[:1], held_out, *law, args.steps, args, f"evaluate {it + 1}")
             row["reward_held_out"] = means[args.reward].mean().item()
             policy.save(folder, settings)
@@ -534,15 +552,12 @@ def main(args, folder_known):
     title = "learnt noise, same random draws (standard noise on the left)"
     common.save_grid(folder / "grid.png", pictures["standard"], pictures["learnt"], held_out, args.eval_samples, title)
     show(folder, state["rows"], results, args)
-    name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     print(f"""
 {state["seconds"]:.0f} s. In {folder}: the policy, results.json, metrics.csv, gain.png, grid.png, curves.png.
 To use it (of this repository only noise_ppo.py is needed):
 
-import sys, torch; from diffusers import DDIMScheduler, StableDiffusionPipeline
-sys.path.insert(0, {str(ROOT)!r}); from noise_ppo import NoisePolicy
-pipe = StableDiffusionPipeline.from_pretrained({name!r}, dtype=torch.{args.dtype}).to({args.device!r})
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", clip_sample=False)
+{model.stock_code('timestep_spacing="trailing", ')}
+import sys; sys.path.insert(0, {str(ROOT)!r}); from noise_ppo import NoisePolicy
 policy = NoisePolicy.load({str(folder.resolve())!r}, pipe)
 latents = policy.sample({held_out[0]!r}, torch.Generator().manual_seed({derived_seed("eval", 0, 0)}))
 pipe({held_out[0]!r}, latents=latents, num_inference_steps={args.steps}, guidance_scale={args.guidance}).images[0].save("learnt.png")""")

@@ -1,8 +1,9 @@
 """P-GRAFT (partial GRAFT): score the finished picture, accept the noisy state it came from, tune the model for the noisier levels.
 Paper: "Fine-Tuning Diffusion Models via Intermediate Distribution Shaping", arXiv 2510.02692.   Run: python pgraft.py
 
-Notation  x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1; c the prompt; p the model that is sampled; r(x, c) the
-          reward; M samples a prompt, of which a rule accepts some: sample i with probability A(x_i), non-decreasing in r;
+Notation  x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1 (of a flow, as SD 3: alpha_t + sigma_t = 1); c the prompt;
+          p the model that is sampled; r(x, c) the reward; M samples a prompt, of which a rule accepts some: sample i with
+          probability A(x_i), non-decreasing in r;
           s the switch: the tuned model denoises the levels t > s, the base model the rest.
 Equations (1) accepted states follow  argmax_q  E_q[rhat] - KL(q || p), laws of x_s,  with  rhat(x_s) = log E[A | X_s = x_s]
           (2) K best of M:  rhat = log sum_{j<K} C(M-1, j) U^(M-1-j) (1-U)^j,  U = P(r(X') <= r(x)), ties broken at random
@@ -10,9 +11,11 @@ Equations (1) accepted states follow  argmax_q  E_q[rhat] - KL(q || p), laws of 
               (of the pictures; that of the states x_s is at most this)
           (4) loss  E (b / sigma_t)^2 |prediction(x_t, t, c) - target|^2,  t > s;  the weight bounds the target's variance, 1 / b^2
           (5) x_t = a x_s + b eps',  a = alpha_t / alpha_s,  b^2 = sigma_t^2 - a^2 sigma_s^2
-          (6) target of eps: sigma_t eps' / b;  of v: sigma_t (eps' a / b - x_s) / alpha_s;  of a flow's velocity, alpha = 1 - sigma:
+          (6) target of eps: sigma_t eps' / b;  of v: sigma_t (eps' a / b - x_s) / alpha_s;  of a flow's velocity, eps - x_0:
               eps' (sigma_t + alpha_t (sigma_s / alpha_s)^2) / b - x_s / alpha_s.  E[target | x_t] is the prediction wanted at x_t
           (7) V(t) = E[Var(r | X_t, c)] / E[Var(r | c)], the share of the reward's variance that x_t does not determine
+          (8) step to the next level: x' = alpha' x_0 + sqrt(sigma'^2 - std^2) eps + std w,  x_0 and eps as predicted,  w ~ N(0, I),
+              std = eta sigma' / sigma sqrt(sigma^2 - (alpha sigma' / alpha')^2):  DDIM; of a flow eta 0 is Euler's step
 Choices that the paper leaves open: a LoRA is tuned; groups in which no reward differs are skipped by the rules that rank;
 with guidance w > 1 the loss is on the guided prediction, because that is what samples (README, "Guidance"); `--data x0`: if the
 sampler were exact, the accepted x_0 noised to s would have the law of the accepted x_s, so x_0 is the data in (4) to (6)
@@ -44,6 +47,11 @@ DEFAULTS = {  # settings left out on the command line: (embedded shapes model, a
     "lora_targets": ("all", "attention"),
     "lr": (1e-3, 1e-4),
     "micro_batch": (64, 2),
+    "eta": (1.0, 1.0),
+}
+FAMILY_DEFAULTS = {  # in place of those of any other model, the stock call's own (but eta: a flow's probe needs some)
+    "StableDiffusionXLPipeline": {"guidance": 5.0, "sample_batch": 4, "micro_batch": 1},
+    "StableDiffusion3Pipeline": {"steps": 28, "guidance": 7.0, "eta": 0.5, "sample_batch": 4, "micro_batch": 1},
 }
 
 
@@ -57,16 +65,17 @@ class Args:
     device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
     dtype: str = "float32"  # precision of the frozen model: float32, bfloat16 or float16; the LoRA is always float32
 
-    model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a StableDiffusionPipeline (1.x, 2.x)
+    model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a Stable Diffusion 1.x, 2.x, XL or 3.x pipeline
+    t5: bool = True  # SD 3: load its third text encoder; --no-t5: 10 GB less, long prompts are read less well
     prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
     eval_samples: int = 4  # pictures per held-out prompt
     eval_every: int = 1  # rounds between evaluations; 0: only before and after
 
-    steps: int | None = None  # DDIM steps (10; other models 50)
-    guidance: float | None = None  # classifier-free guidance scale, 1 is none (1; other models 7.5)
-    eta: float = 1.0  # DDIM eta: 0 deterministic, 1 as random as DDPM
-    sample_batch: int | None = None  # pictures sampled at a time; no picture depends on it (64; other models 8)
+    steps: int | None = None  # steps of the sampler (10; other models 50; SD 3 28)
+    guidance: float | None = None  # classifier-free guidance scale, 1 is none (1; other models 7.5; SD XL 5, SD 3 7)
+    eta: float | None = None  # 0 deterministic, 1 as random as DDPM; the probe needs some randomness (1; SD 3 0.5)
+    sample_batch: int | None = None  # pictures sampled at a time; no picture depends on it (64; others 8; SD XL, SD 3 4)
 
     switch: str = "auto"  # level t / T in (0, 1) from which on the base model denoises; auto: as --probe recommends
     data: str = "x0"  # noised to the levels above the switch: x0 (the accepted picture) or xs (its state at the switch)
@@ -100,11 +109,12 @@ class Args:
     lora_targets: str | None = None  # attention, all (linear and convolution), or layer names (all; others attention)
     updates: int = 60  # optimiser updates per round
     batch: int = 64  # pictures per update
-    micro_batch: int | None = None  # pictures per backward pass, accumulated to --batch (64; other models 2)
+    micro_batch: int | None = None  # pictures per backward pass, accumulated to --batch (64; others 2; SD XL, SD 3 1)
     lr: float | None = None  # AdamW learning rate (1e-3; other models 1e-4)
     prompt_dropout: float = 0.0  # share of training prompts replaced by the empty one
     guided_loss: bool = True  # with guidance > 1, train the guided prediction; --no-guided_loss: the conditional one
     gradient_checkpointing: bool = False  # less memory, about a third slower
+    optimizer_8bit: bool = False  # AdamW of the package bitsandbytes, with its state in 8 bits
     save_accepted: bool = False  # write accepted pictures to <run>/accepted with metadata.jsonl (imagefolder)
 
 
@@ -260,8 +270,13 @@ def draw_noise(seeds, steps, shape, dtype):
 
 @torch.no_grad()
 def denoise(model, x, levels, noise, text, guidance, eta):
-    """DDIM (arXiv 2010.02502, equation 12) along levels, falling timesteps of which -1 is the clean one. x: (batch, c, h, w) at
-    levels[0], noise: (len(levels) - 1, batch, c, h, w) -> x at levels[-1], float32."""
+    """Equation (8) along levels, falling timesteps of which -1 is the clean one. x: (batch, c, h, w) at levels[0],
+    noise: (len(levels) - 1, batch, c, h, w) -> x at levels[-1], float32.
+
+    DDIM is arXiv 2010.02502, equation 12. Of a flow, small steps with eta are the SDE of Flow-GRPO (arXiv 2505.05470) with
+    a = sqrt(2) eta, which keeps the flow's marginals; its Euler-Maruyama step is infinite at sigma = 1 and, where x_0 is certain,
+    leaves more noise than the level has.
+    """
     x, noise = x.to(model.device, torch.float32), noise.to(model.device, torch.float32)
     times = torch.tensor(levels, device=model.device)  # one transfer, none inside the loop
     for k, (t, after) in enumerate(zip(levels, levels[1:])):
@@ -269,12 +284,12 @@ def denoise(model, x, levels, noise, text, guidance, eta):
         alpha_next, sigma_next = model.alpha_sigma(after)
         prediction = guided_prediction(model, x, times[k], text, guidance)
         if model.prediction_type == "epsilon":
-            eps = prediction
-            x_0 = (x - sigma * eps) / alpha
-        else:  # v = alpha eps - sigma x_0
-            eps = alpha * prediction + sigma * x
-            x_0 = alpha * x - sigma * prediction
-        std = eta * sigma_next / sigma * math.sqrt(max(1 - alpha**2 / alpha_next**2, 0))
+            x_0, eps = (x - sigma * prediction) / alpha, prediction
+        elif model.prediction_type == "v_prediction":  # v = alpha eps - sigma x_0
+            x_0, eps = alpha * x - sigma * prediction, alpha * prediction + sigma * x
+        else:  # a flow's velocity eps - x_0
+            x_0, eps = x - sigma * prediction, x + alpha * prediction
+        std = eta * sigma_next / sigma * math.sqrt(max(sigma**2 - (alpha * sigma_next / alpha_next) ** 2, 0))
         x = alpha_next * x_0 + math.sqrt(max(sigma_next**2 - std**2, 0)) * eps + std * noise[k]
     return x
 
@@ -297,9 +312,7 @@ def sample_and_score(model, rewards, prompts, seeds, args, switch, tuned, label)
         part = slice(i, i + args.sample_batch)
         noise = draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)
         x_s, x_0 = sample(model, noise, model.encode(prompts[part]), args.guidance, args.eta, switch, tuned)
-        if not x_0.isfinite().all():
-            raise InputError(f"{label}: NaN or Inf in the latents; use --dtype float32 or bfloat16, or a lower --lr")
-        images = model.decode(x_0)
+        images = model.decode(x_0, label)
         latents.append((x_s.cpu(), x_0.cpu()))
         scores.append(score(rewards, images, prompts[part]) | image_statistics(images))
         pictures += [p if i + j < 24 else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
@@ -313,6 +326,7 @@ def sample_and_score(model, rewards, prompts, seeds, args, switch, tuned, label)
 def probe(model, reward, prompts, args):
     """V(t), equation (7), of the base model at up to nine levels between noise and picture: two trajectories a prompt are
     stored at every level, and the sampler is started again from each. Returns rows {step, timestep, switch, unresolved, se}."""
+    model.remember(prompts)
     levels = [*model.timesteps(args.steps), -1]
     steps = sorted({round(i * args.steps / 10) for i in range(1, 10)} - {0, args.steps})
     seeds = [derived_seed(args.seed, "probe", i, j) for i in range(len(prompts)) for j in range(2)]
@@ -329,7 +343,7 @@ def probe(model, reward, prompts, args):
                 again = [derived_seed(seed, step, j) for seed in seeds[part]]
                 fresh = draw_noise(again, args.steps - step - 1, model.latent_shape, model.dtype)
                 x_0 = denoise(model, x, levels[step:], fresh, text, args.guidance, args.eta)
-                rewards[k, j, part] = reward(model.decode(x_0), asked[part])
+                rewards[k, j, part] = reward(model.decode(x_0, "probe"), asked[part])
     rows = []
     for step, values in zip(steps, rewards):
         share, se = unresolved_share(values.T.view(len(prompts), 2, args.probe_restarts))
@@ -365,7 +379,10 @@ def read_switch(folder):
         raise InputError(f"{path}: does not exist; give the folder of a finished pgraft.py run, or a level with --switch")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        return stored | {"switch_timestep": int(stored["switch_timestep"]), "sigma": float(stored["sigma"])}
+        stored |= {name: float(stored[name]) for name in ("switch_timestep", "sigma")}
+        if math.isfinite(stored["switch_timestep"]):
+            return stored
+        raise ValueError("no number")
     except (ValueError, KeyError, TypeError, OverflowError):
         raise InputError(f"{path}: is damaged; give the level with --switch") from None
 
@@ -377,7 +394,7 @@ def fitting_switch(folder, model):
     sigma = model.alpha_sigma(timestep)[1] if 0 <= timestep < model.train_timesteps else math.nan
     if not abs(sigma - stored["sigma"]) < 1e-3:
         raise InputError(
-            f"{folder}/pgraft.json does not fit the model: noise level {stored['sigma']:.4f} at timestep {timestep}, the model "
+            f"{folder}/pgraft.json does not fit the model: noise level {stored['sigma']:.4f} at timestep {timestep:g}, the model "
             f"has {sigma:.4f}; give --model {stored.get('model')}"
         )
     return timestep
@@ -435,11 +452,11 @@ def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
     embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
+    of_family = FAMILY_DEFAULTS.get(common.check_model_name(args.model), {})
     for name, (for_shapes, for_others) in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, for_shapes if embedded else for_others)
+            setattr(args, name, for_shapes if embedded else of_family.get(name, for_others))
     args.device = common.check_device(args.device, args.dtype)
-    common.check_model_name(args.model)
     common.check_output(args.output, args.resume)
     limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"top_k": (1, args.samples), "steps": (1, 999), "eta": (0, 1)}
     limits |= {"probe_restarts": (2, 10**9), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
@@ -530,7 +547,7 @@ def describe(args, model, parameters, per_round, held_out, folder):
 
 def main(args, folder_known):
     prompts, held_out, rewards = prepare(args)
-    model = Model(args.model, args.device, DTYPES[args.dtype])
+    model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
     grid = model.timesteps(args.steps)
     if args.evaluate:
         return evaluate_run(args, model, grid, held_out, rewards, folder_known)
@@ -541,7 +558,7 @@ def main(args, folder_known):
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     if args.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    optimizer = common.make_adamw(parameters, args.lr, args.optimizer_8bit)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
     schedule = schedule_prompts(len(prompts), args)
     folder = common.make_run_folder(args, "pgraft", args.model, args.seed)
@@ -549,7 +566,7 @@ def main(args, folder_known):
     print(describe(args, model, parameters, len(schedule[0]), held_out, folder), flush=True)
 
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
-    model.encode(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
+    model.remember(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
     state = common.load_checkpoint(folder) if args.resume else None
     if state:
         for name, parameter in model.lora().items():
@@ -578,7 +595,7 @@ def main(args, folder_known):
         switch, reason = recommend(state["probe"], args.probe_limit)
         print("\n  step  timestep  --switch   V(t)   s.e.   (the share of the reward that the state leaves open)")
         for row in state["probe"]:
-            print("  {step:4d}  {timestep:8d}  {switch:8.3f}  {unresolved:5.2f}  {se:5.2f}".format(**row))
+            print("  {step:4d}  {timestep:8.0f}  {switch:8.3f}  {unresolved:5.2f}  {se:5.2f}".format(**row))
         print(f"  recommended: --switch {switch / model.train_timesteps:g}, {reason}", flush=True)
         if args.probe:
             print(f"\nIn {folder}: probe.csv, probe.png")
@@ -586,7 +603,7 @@ def main(args, folder_known):
     switch_at = switch_step(grid, switch)  # steps of the tuned model
     switch = grid[switch_at]  # the level of the states, and what is stored
     level_s = model.alpha_sigma(switch) if args.data == "xs" else (1.0, 0.0)
-    print(f"  tuned model for {switch_at} of {args.steps} steps, base model from timestep {switch} on", flush=True)
+    print(f"  tuned model for {switch_at} of {args.steps} steps, base model from timestep {switch:g} on", flush=True)
 
     # ------------------------------------------------------------ BASELINE
     base, base_pictures = evaluate(model, rewards, held_out, args, switch_at, False, "evaluate base")
@@ -643,7 +660,7 @@ def main(args, folder_known):
             index = order[update * args.batch : (update + 1) * args.batch]  # (batch,)
             x_s = data[index].to(args.device)  # (batch, c, h, w), at level_s
             noise = torch.randn(x_s.shape, generator=generator).to(args.device)
-            t = torch.randint(switch + 1, model.train_timesteps, (args.batch,), generator=generator).to(args.device)
+            t = model.draw_timesteps(args.batch, generator, switch).to(args.device)  # (batch,)
             drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout
             text = model.encode(["" if d else prompts[i] for d, i in zip(drop, about[index])])  # (batch, tokens, width)
             losses.append(0.0)
@@ -653,10 +670,11 @@ def main(args, folder_known):
                     loss = denoising_loss(model, x_s[part], level_s, text[part], t[part], noise[part], guidance)
                 scaler.scale(loss * len(part) / args.batch).backward()
                 losses[-1] += loss.item() * len(part) / args.batch
-            if not math.isfinite(losses[-1]):
-                raise InputError(f"round {r + 1}, update {update + 1}: loss {losses[-1]}; lower --lr or use --dtype float32")
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+            if not (math.isfinite(losses[-1]) and (math.isfinite(norm) or scaler.get_scale() > 1)):  # float16: scale and retry
+                found = f"round {r + 1}, update {update + 1}: loss {losses[-1]}, gradient norm {norm}"
+                raise InputError(f"{found}; lower --lr or use --dtype float32 or bfloat16")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -694,7 +712,7 @@ def main(args, folder_known):
     print(
         f"\n{state['seconds']:.0f} s. In {folder}: LoRA, pgraft.json, results.json, metrics.csv, grid.png, curves.png. To use it:\n"
     )
-    print_snippet(folder.resolve(), None, held_out[0], args)
+    print_snippet(model, folder.resolve(), None, held_out[0], args)
 
 
 def evaluate_run(args, model, grid, held_out, rewards, folder_known):
@@ -706,6 +724,7 @@ def evaluate_run(args, model, grid, held_out, rewards, folder_known):
     if switch_at == 0:
         raise InputError(f"--steps {args.steps}: no step starts above the switch, timestep {switch:g}; give more")
     model.load_lora(args.evaluate)
+    model.remember(["", *held_out])
     folder = common.make_run_folder(args, "pgraft_evaluate", args.model, args.seed)
     folder_known(folder)
     print(f"P-GRAFT, evaluation of {args.evaluate} -> {folder}")
@@ -718,7 +737,7 @@ def evaluate_run(args, model, grid, held_out, rewards, folder_known):
     common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
     print_table(table, args)
     print(f"\n{seconds:.0f} s. In {folder}: results.json, grid.png. To use the LoRA:\n")
-    print_snippet(Path(args.evaluate).resolve(), given, held_out[0], args)
+    print_snippet(model, Path(args.evaluate).resolve(), given, held_out[0], args)
 
 
 def print_table(table, args):
@@ -728,13 +747,10 @@ def print_table(table, args):
         print("{metric:<34}{base:>9.3f}{tuned:>9.3f}{difference:>+12.3f}  {se:.3f}".format(**row))
 
 
-def print_snippet(weights, switch, prompt, args):
+def print_snippet(model, weights, switch, prompt, args):
     """The evaluation's first picture in stock diffusers. weights: folder of the LoRA; switch: a timestep, None: pgraft.json's."""
-    name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     level = switch or f'json.load(open({str(weights / "pgraft.json")!r}))["switch_timestep"]'
-    print(f"""import json, torch; from diffusers import DDIMScheduler, StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained({name!r}, dtype=torch.{args.dtype}).to({args.device!r})
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    print(f"""import json; {model.stock_code()}
 pipe.load_lora_weights({str(weights)!r})
 switch = {level}
 
@@ -744,9 +760,7 @@ def base_from_the_switch_on(pipe, i, t, kwargs):  # called after step i
     return kwargs
 
 pipe.enable_lora()  # before every call: the last one has switched it off
-pipe({prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, eta={args.eta}, \
-generator=torch.Generator().manual_seed({derived_seed("eval", 0, 0)}), \
-callback_on_step_end=base_from_the_switch_on).images[0].save("tuned.png")""")
+{model.stock_call(prompt, args, ", callback_on_step_end=base_from_the_switch_on")}""")
 
 
 def save_accepted(folder, model, rounds, prompts, args):

@@ -5,12 +5,14 @@ import copy
 import csv
 import functools
 import importlib
+import inspect
 import io
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +39,7 @@ PROMPTS = [
     "a blue square below a red square",
 ]
 SEEDS = [11, 12, 13]
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # what the stock loader must be given then
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -111,6 +114,113 @@ def tiny_v(tmp_path_factory) -> str:
     }
     folder = tmp_path_factory.mktemp("models") / "tiny_v"
     return build_pipeline(folder, DDIMScheduler(**SCHEDULE, **options), torch.float16)
+
+
+def small_vae(channels, **more):
+    from diffusers import AutoencoderKL
+
+    blocks = {"block_out_channels": (4, 8), "down_block_types": ("DownEncoderBlock2D",) * 2}
+    blocks |= {"up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4, "mid_block_add_attention": False}
+    vae = AutoencoderKL(latent_channels=channels, sample_size=16, **blocks, **more)
+    with torch.no_grad():  # so that pictures have contrast
+        vae.decoder.conv_out.weight *= 1.5
+    return vae
+
+
+def small_clip(tokenizer, projection):
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "projection_dim": projection}
+    return CLIPTextModelWithProjection(CLIPTextConfig(**sizes, **ids))
+
+
+def small_t5(width):
+    """(encoder, tokenizer)"""
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(f"\u2581{word}" for word in " ".join(PROMPTS).split())]
+    vocabulary = [(piece, -float(i)) for i, piece in enumerate(dict.fromkeys([*pieces, *map(chr, range(97, 123))]))]
+    tokenizer = T5TokenizerFast(vocab=vocabulary, extra_ids=0)
+    sizes = {"vocab_size": len(vocabulary), "d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(**sizes)), tokenizer
+
+
+def build_xl(folder: Path) -> str:
+    """A small SD XL with its scheduler; the pooled embedding is wider than the token states."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    with tempfile.TemporaryDirectory() as files:
+        tokenizer = make_tokenizer(Path(files))
+    torch.manual_seed(0)
+    first, second = CLIPTextModel(small_clip(tokenizer, 16).config), small_clip(tokenizer, 40)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=32,
+        attention_head_dim=(1, 2),
+        use_linear_projection=True,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=40 + 6 * 8,
+    )
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            parameter *= 3 if "attn2" in name or "add_embedding" in name else 1
+    scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1)
+    vae = small_vae(4, scaling_factor=0.13025)
+    pipeline = StableDiffusionXLPipeline(vae, first, second, tokenizer, tokenizer, unet, scheduler, add_watermarker=False)
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+def build_sd3(folder: Path) -> str:
+    """A small SD 3 with its scheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    with tempfile.TemporaryDirectory() as files:
+        tokenizer = make_tokenizer(Path(files))
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=40,
+        caption_projection_dim=16,
+        pooled_projection_dim=12 + 20,
+        pos_embed_max_size=8,
+    )
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            parameter *= 3 if "add_" in name or "context" in name or "text_embedder" in name else 1
+    encoders = (small_clip(tokenizer, 12), tokenizer, small_clip(tokenizer, 20), tokenizer, *small_t5(40))
+    vae = small_vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    StableDiffusion3Pipeline(transformer, scheduler, vae, *encoders).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory) -> dict[str, str]:
+    """Folders of small pipelines: "xl", "sd3" and "no_t5", an SD 3 without its third text encoder (see NO_T5)."""
+    folder = tmp_path_factory.mktemp("families")
+    found = {"xl": build_xl(folder / "xl"), "sd3": build_sd3(folder / "sd3")}
+    shutil.copytree(found["sd3"], folder / "no_t5", ignore=shutil.ignore_patterns("*_3"))
+    index = json.loads((folder / "no_t5" / "model_index.json").read_text())
+    index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (folder / "no_t5" / "model_index.json").write_text(json.dumps(index))
+    return found | {"no_t5": str(folder / "no_t5")}
 
 
 @pytest.fixture(scope="session")
@@ -203,10 +313,12 @@ def randomise(model, scale=0.2):
 
 
 def stock_pipeline(folder, dtype=torch.float32):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, safety_checker=None)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    more = NO_T5 if Path(folder).name == "no_t5" else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **more)
+    if not type(pipeline.scheduler).__name__.startswith("Flow"):
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -214,7 +326,9 @@ def stock_pipeline(folder, dtype=torch.float32):
 def stock(pipeline, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=1.0, output="latent", **more):
     """Latents, or PIL pictures, by the stock pipeline."""
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "eta": eta, "output_type": output} | more
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": output} | more
+    if "eta" in inspect.signature(pipeline.__call__).parameters:  # a flow is deterministic
+        options["eta"] = eta
     return pipeline(prompts, generator=generators, **options).images
 
 

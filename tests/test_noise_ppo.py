@@ -425,7 +425,7 @@ def test_results(finished, tiny_v, prompt_files):
 
 def test_snippet_needs_one_file_and_makes_the_evaluated_picture(finished, tiny_v, prompt_files, tmp_path):
     folder, out = finished
-    snippet = out[out.index("import sys, torch; from diffusers") :]
+    snippet = out[out.index("import torch; from diffusers") :]
     assert len(snippet.strip().splitlines()) == 7 and repr(str(ROOT)) in snippet
     (tmp_path / "alone").mkdir()
     shutil.copy(ROOT / SCRIPT, tmp_path / "alone")
@@ -568,7 +568,7 @@ FILES = {
     "full/something.txt": "",
     "a_run/args.json": "{}",
     "run_other/args.json": '{"rounds": 3}',
-    "sdxl/model_index.json": '{"_class_name": "StableDiffusionXLPipeline"}',
+    "flux/model_index.json": '{"_class_name": "FluxPipeline"}',
 }
 CASES = {  # arguments -> what the message must contain; @ is the folder of FILES
     "--prompts @/missing.txt": "missing.txt",
@@ -578,7 +578,7 @@ CASES = {  # arguments -> what the message must contain; @ is the folder of FILE
     "--eval_prompts @/other.txt": "--eval_prompts",
     "--reward beauty": "--reward",
     "--eval_rewards beauty": "--eval_rewards",
-    "--model @/sdxl": "StableDiffusionXLPipeline",
+    "--model @/flux": "FluxPipeline",
     "--model @/missing": "--model",
     "--output @/full": "--output",
     "--output @/a_run": "--resume",

@@ -319,6 +319,9 @@ class GaussianModel:
     def encode(self, prompts):
         return torch.tensor([float(p) for p in prompts]).view(-1, 1, 1)
 
+    def remember(self, prompts):
+        pass
+
     def alpha_sigma(self, t):
         abar = self.alphas_cumprod[t].item() if t >= 0 else 1.0
         return abar**0.5, (1 - abar) ** 0.5
@@ -328,7 +331,7 @@ class GaussianModel:
         x_0 = gaussian_mean(x, *level, text[..., None], self.std)
         return wanted(self.prediction_type, x, x_0, *level)
 
-    def decode(self, latents):
+    def decode(self, latents, phase="decode"):
         return latents.flatten().tolist()
 
     lora_off = lora_merged = contextlib.nullcontext
@@ -827,7 +830,7 @@ def execute(code, cwd):
 
 
 def snippet_of(out):
-    code = out[out.index("import json, torch; from diffusers") :]
+    code = out[out.index("import json; import torch; from diffusers") :]
     code = code[: code.index('save("tuned.png")') + len('save("tuned.png")')]
     assert len(code.splitlines()) == 13
     return code

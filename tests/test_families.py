@@ -1,0 +1,643 @@
+"""SD XL and SD 3, small, of the real classes: samplers, losses, LoRA, switch and noise policy against the stock pipelines."""
+
+import copy
+import json
+import math
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    PROMPTS,
+    SEEDS,
+    assert_mean,
+    assert_one_line,
+    assert_same_pictures,
+    assert_same_run,
+    difference,
+    exit_code,
+    randomise,
+    run_inside,
+    seeded,
+    stock,
+    stock_pipeline,
+    with_lora,
+)
+
+import common
+import graft
+import noise_ppo
+import pgraft
+from common import LORA_FILE, InputError, Model
+
+KINDS = ("xl", "sd3", "no_t5")
+
+
+@pytest.fixture(scope="module")
+def loaded(families):
+    """Base models, for tests that do not change them."""
+    return {kind: Model(families[kind], "cpu", torch.float32, t5=kind != "no_t5") for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def pipelines(families):
+    """Stock pipelines, for tests that do not change them."""
+    return {kind: stock_pipeline(families[kind]) for kind in KINDS}
+
+
+def ours(model, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=0.0):
+    """Latents by graft.sample."""
+    noise = graft.draw_noise(seeds, steps, model.latent_shape, model.dtype)
+    return graft.sample(model, noise, model.encode(prompts), guidance, eta)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("kind, eta, steps", [("xl", 0.0, 5), ("xl", 1.0, 4), ("sd3", 0.0, 5), ("no_t5", 0.0, 10)])
+def test_sample_equals_stock_pipeline(loaded, pipelines, kind, eta, steps, guidance):
+    expected = stock(pipelines[kind], steps=steps, guidance=guidance, eta=eta)
+    x = ours(loaded[kind], steps=steps, guidance=guidance, eta=eta)
+    assert difference(x, expected) <= 1e-4
+    pictures = stock(pipelines[kind], steps=steps, guidance=guidance, eta=eta, output="pil")
+    for one, other in zip(loaded[kind].decode(expected), pictures, strict=True):
+        assert np.array_equal(one, other)
+    assert_same_pictures(loaded[kind].decode(x), pictures)
+    for change in ({"seeds": [1, 2, 3]}, {"prompts": PROMPTS[::-1]}, {"guidance": 2.0}, {"steps": 3}):
+        settings = {"steps": steps, "guidance": guidance, "eta": eta} | change
+        assert difference(ours(loaded[kind], **settings), x) > 1e-2, change
+
+
+@pytest.mark.parametrize("kind", ["xl", "sd3"])
+def test_states_and_pooled_embedding_both_reach_the_model(loaded, kind):
+    model = loaded[kind]
+    x, t, text = torch.randn(3, *model.latent_shape, generator=seeded()), torch.tensor(500), model.encode(PROMPTS)
+    states, pooled = model.split(text)
+    assert states.shape[1] == {"xl": 12, "sd3": 12 + 256}[kind] and pooled.shape == (3, {"xl": 40, "sd3": 32}[kind])
+    other = text.clone()
+    other[:, model.tokens :] = text.flip(0)[:, model.tokens :]
+    swapped = torch.cat([text.flip(0)[:, : model.tokens], text[:, model.tokens :]], 1)
+    for changed in (other, swapped):
+        assert difference(model.predict(x, t, changed), model.predict(x, t, text)) > 1e-3
+
+
+def test_empty_prompt_of_xl_as_its_pipeline_says(families, loaded, tmp_path):
+    assert not loaded["xl"].encode([""]).any()
+    folder = shutil.copytree(families["xl"], tmp_path / "xl")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    model = Model(str(folder), "cpu", torch.float32)
+    assert model.encode([""]).any()
+    assert difference(ours(model, guidance=3.0), stock(stock_pipeline(folder), guidance=3.0, eta=0.0)) <= 1e-4
+
+
+def test_no_t5(families, loaded):
+    model = Model(families["sd3"], "cpu", torch.float32, t5=False)
+    assert model.pipeline.text_encoder_3 is None and "text_encoder_3=None, tokenizer_3=None" in model.stock_code()
+    assert torch.equal(model.encode(PROMPTS), loaded["no_t5"].encode(PROMPTS))
+    with pytest.raises(InputError, match="cannot be loaded.*text_encoder_3"):
+        Model(families["no_t5"], "cpu", torch.float32)
+    assert not torch.equal(model.encode(PROMPTS), loaded["sd3"].encode(PROMPTS))
+
+
+# ---------------------------------------------------------------- the flow's stochastic step, on a Gaussian
+
+
+class GaussianFlow:
+    """x_0 ~ N(M, S^2) and the exact velocity."""
+
+    device, dtype, train_timesteps, prediction_type = "cpu", torch.float32, 1000, "flow"
+    M, S = 0.8, 0.5
+
+    def alpha_sigma(self, t):
+        return 1 - max(t, 0) / 1000, max(t, 0) / 1000
+
+    def velocity(self, x, sigma):
+        alpha = 1 - sigma
+        variance = alpha**2 * self.S**2 + sigma**2
+        # E[eps | x] - E[x_0 | x]
+        return sigma / variance * (x - alpha * self.M) - self.M - alpha * self.S**2 / variance * (x - alpha * self.M)
+
+    def predict(self, x, t, text):
+        return self.velocity(x.double(), t.item() / 1000)
+
+    def law(self, sigma):
+        return (1 - sigma) * self.M, (1 - sigma) ** 2 * self.S**2 + sigma**2
+
+
+def linear_step(model, sigma, after, eta):
+    """(gain, offset, std) of pgraft.denoise's step, which is linear in x and the noise."""
+    x, noise = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1), torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1, 1)
+    levels = [1000 * sigma, 1000 * after if after else -1]
+    offset, one, noisy = pgraft.denoise(model, x, levels, noise, None, 1, eta).flatten().tolist()
+    return one - offset, offset, noisy - offset
+
+
+def flow_grpo_step(model, sigma, after, eta):
+    """The same of an Euler-Maruyama step of Flow-GRPO's SDE (arXiv 2505.05470, equation 9) with a = sqrt(2) eta."""
+    h, variance = sigma - after, 2 * eta**2 * sigma / (1 - sigma)
+
+    def drift(x):
+        v = model.velocity(x, sigma)
+        return x - h * (v + variance / (2 * sigma) * (x + (1 - sigma) * v))
+
+    return drift(1.0) - drift(0.0), drift(0.0), math.sqrt(variance * h)
+
+
+def march(step, sigmas, eta, mean, variance):
+    """{sigma: (mean, variance, gain since the start)}"""
+    found, gain = {}, 1.0
+    for sigma, after in zip(sigmas, sigmas[1:]):
+        a, b, std = step(GaussianFlow(), sigma, after, eta)
+        mean, variance, gain = a * mean + b, a**2 * variance + std**2, a * gain
+        found[round(after, 6)] = (mean, variance, gain)
+    return found
+
+
+def bias(found):
+    return max(
+        max(abs(a - b) for a, b in zip(found[s][:2], GaussianFlow().law(s))) for s in found if s in (0.8, 0.5, 0.2, 0.0)
+    )
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_flow_step_keeps_the_marginals(eta):
+    biases = []
+    for steps in (10, 20, 200, 400):
+        sigmas = [1 - k / steps for k in range(steps + 1)]
+        found = march(linear_step, sigmas, eta, 0.0, 1.0)
+        biases.append(bias(found))
+    assert all(np.isfinite(list(found.values())).ravel())  # also after sigma = 1 and at the last step
+    assert biases[0] < {0.0: 0.08, 0.5: 0.08, 1.0: 0.12}[eta] and biases[3] < 5e-3
+    assert 1.7 < biases[2] / biases[3] < 2.3  # of first order in the step
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_flow_step_is_the_sde_of_flow_grpo(eta, monkeypatch):
+    """Same marginals and dependence of levels with many steps; with few its plain step adds noise where x_0 is certain."""
+    sigmas = [0.9 - 0.8 * k / 2000 for k in range(2001)]
+    mine, theirs = (march(s, sigmas, eta, *GaussianFlow().law(0.9)) for s in (linear_step, flow_grpo_step))
+    for sigma in (0.5, 0.1):
+        assert np.allclose(mine[sigma], theirs[sigma], atol=4e-3)
+        assert mine[sigma][2] < 0.97 * march(linear_step, sigmas, 0.0, 0.0, 1.0)[sigma][2]  # the gain shows eta
+    monkeypatch.setattr(GaussianFlow, "S", 0.0)  # x_0 is certain
+    sigmas = [0.9 - 0.8 * k / 10 for k in range(11)]
+    mine, theirs = (march(s, sigmas, eta, *GaussianFlow().law(0.9)) for s in (linear_step, flow_grpo_step))
+    assert mine[0.1][1] == pytest.approx(0.01, abs=1e-6) and theirs[0.1][1] > 0.013
+    with pytest.raises(ZeroDivisionError):
+        flow_grpo_step(GaussianFlow(), 1.0, 0.9, eta)
+
+
+def test_what_few_steps_cost():
+    """README, "Samplers": the standard deviation that the samples of 28 steps of SD 3's grid lack."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(28)
+    sigmas = scheduler.sigmas.double().tolist()
+    for eta, lack in ((0.0, 0.051), (0.5, 0.059), (1.0, 0.092)):
+        mean, variance, _ = march(linear_step, sigmas, eta, 0.0, 1.0)[0.0]
+        assert (mean, 0.5 - variance**0.5) == (pytest.approx(GaussianFlow.M, abs=1e-4), pytest.approx(lack, abs=6e-4))
+
+
+def test_step_of_a_flow_in_closed_form():
+    # eta 0: Euler. eta 1: the posterior of x' given x and x_0 under the forward kernel x = (alpha / alpha') x' + b w
+    model, x, v = GaussianFlow(), 0.3, GaussianFlow().velocity(0.3, 0.7)
+    gain, offset, std = linear_step(model, 0.7, 0.4, 0.0)
+    assert (gain * x + offset, std) == (pytest.approx(x - 0.3 * v, abs=1e-6), 0)
+    b2 = 0.7**2 - (0.3 / 0.6 * 0.4) ** 2
+    assert linear_step(model, 0.7, 0.4, 1.0)[2] == pytest.approx(0.4 * math.sqrt(b2) / 0.7, abs=1e-6)
+    assert linear_step(model, 1.0, 0.4, 1.0)[2] == pytest.approx(0.4, abs=1e-6)  # forgets x but for the x_0 it predicts
+    assert linear_step(model, 0.2, 0.0, 1.0)[2] == 0
+
+
+def test_scripts_take_the_same_steps(loaded):
+    model = loaded["no_t5"]
+    noise, text = graft.draw_noise(SEEDS, 4, model.latent_shape, model.dtype), model.encode(PROMPTS)
+    for eta in (0.0, 0.7):
+        x = graft.sample(model, noise, text, 1.0, eta)
+        assert torch.equal(pgraft.denoise(model, noise[0], [*model.timesteps(4), -1], noise[1:], text, 1.0, eta), x)
+    assert torch.equal(noise_ppo.sample(model, noise[0], text, 4, 1.0), graft.sample(model, noise, text, 1.0, 0.0))
+    assert difference(x, graft.sample(model, noise, text, 1.0, 0.0)) > 0.1
+
+
+# ---------------------------------------------------------------- loss
+
+
+def test_flow_target():
+    x_0, noise = (
+        GaussianFlow.M + GaussianFlow.S * torch.randn(200_000, 1, generator=seeded(1)),
+        torch.randn(200_000, 1, generator=seeded(2)),
+    )
+    for sigma in (0.2, 0.7, 1.0):
+        level = torch.full((200_000,), sigma)
+        x_t, target = graft.training_target(x_0, noise, 1 - level, level, "flow")
+        assert torch.equal(target, noise - x_0) and torch.allclose(x_t, (1 - sigma) * x_0 + sigma * noise)
+        rest = (target - GaussianFlow().velocity(x_t, sigma)).flatten()
+        for test in (1, x_t.flatten(), x_t.flatten() ** 2):  # E[target | x_t] is the exact velocity
+            assert_mean(rest * test, 0)
+
+
+@pytest.mark.parametrize("kind", ["xl", "sd3"])
+def test_denoising_loss(loaded, kind):
+    model = loaded[kind]
+    x_0, noise = (torch.randn(3, *model.latent_shape, generator=seeded(i)) for i in (3, 4))
+    t, text, scheduler = torch.tensor([20, 300, 999]), model.encode(PROMPTS), model.pipeline.scheduler
+    if kind == "sd3":
+        t = t.float()
+        scheduler.set_timesteps(sigmas=[0.999, 0.3, 0.02])  # shifted: the grid of the stock noising
+        t = scheduler.timesteps.flip(0)
+        x_t, target = scheduler.scale_noise(x_0, t, noise), noise - x_0
+    else:
+        x_t, target = scheduler.add_noise(x_0, noise, t), noise
+    states, pooled = model.split(text)
+    if kind == "sd3":
+        out = model.denoiser(x_t, timestep=t, encoder_hidden_states=states, pooled_projections=pooled).sample
+    else:
+        ids = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(3, -1)
+        out = model.denoiser(x_t, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
+    expected = (out - target).square().mean()
+    assert graft.denoising_loss(model, x_0, text, t, noise, 1.0).item() == pytest.approx(expected.item(), rel=1e-5)
+    clean = pgraft.denoising_loss(model, x_0, (1.0, 0.0), text, t, noise, 1.0)
+    assert clean.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_flow_timesteps_to_train_on(loaded, models):
+    model, n = loaded["sd3"], 40_000
+    t = model.draw_timesteps(n, seeded()).double()
+    u = t / 1000 / (3 - 2 * t / 1000)  # undo shift 3
+    z = u.logit()
+    assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03
+    above = model.draw_timesteps(n, seeded(1), 800.0)
+    assert above.dtype == torch.float32 and above.min() > 800 and above.max() <= 1000
+    for level in (850, 900, 950):  # the same law, given that it lies above
+        share = (t[t > 800] > level).double()
+        assert abs((above > level).double().mean() - share.mean()) < 0.015
+    assert (model.draw_timesteps(1000, seeded(), 999.6) > 999.6).all()
+    t = models["v"].draw_timesteps(5000, seeded(), 990.0)
+    assert t.dtype == torch.int64 and set(t.tolist()) == set(range(991, 1000))
+    assert models["v"].draw_timesteps(50_000, seeded()).min() == 0
+
+
+@pytest.mark.parametrize("kind", ["xl", "sd3"])
+def test_gradient_checkpointing_gives_the_same_gradients(loaded, kind):
+    model = with_lora(loaded[kind], "attention")
+    randomise(model)
+    x_0, noise = (torch.randn(3, *model.latent_shape, generator=seeded(i)) for i in (3, 4))
+    gradients, t = [], torch.tensor([20, 300, 999])
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.denoiser.enable_gradient_checkpointing()
+        graft.denoising_loss(model, x_0, model.encode(PROMPTS), t, noise, 1.0).backward()
+        gradients.append([p.grad.clone() for p in model.lora().values()])
+        for parameter in model.lora().values():
+            parameter.grad = None
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*gradients))
+    still = [name for name, gradient in zip(model.lora(), gradients[0]) if not gradient.any()]
+    assert all(
+        "transformer_blocks.1.attn.add_q_proj" in name for name in still
+    )  # SD 3 drops the text stream after its last block
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize("kind, targets", [("xl", "all"), ("sd3", "attention"), ("no_t5", "all")])
+def test_saved_lora_in_the_stock_pipeline(loaded, families, tmp_path, kind, targets):
+    model = with_lora(loaded[kind], targets, rank=8, alpha=4)
+    assert torch.equal(ours(model), ours(loaded[kind]))
+    randomise(model)
+    model.save_lora(tmp_path)
+    pipeline = stock_pipeline(families[kind])
+    base = stock(pipeline, guidance=3.0, eta=0.0)
+    pipeline.load_lora_weights(str(tmp_path))
+    x = stock(pipeline, guidance=3.0, eta=0.0)
+    assert difference(x, base) > 1e-2
+    assert difference(ours(model, guidance=3.0), x) <= 1e-4
+    with model.lora_merged():
+        assert difference(ours(model, guidance=3.0), x) <= 1e-3
+    with model.lora_off():
+        assert difference(ours(model, guidance=3.0), base) <= 1e-4
+    again = copy.deepcopy(loaded[kind])
+    again.load_lora(str(tmp_path))
+    assert torch.equal(ours(again), ours(model))
+
+
+def test_lora_reaches_both_streams_of_sd3(loaded):
+    names = set(with_lora(loaded["sd3"], "attention").lora())
+    for layer in common.ATTENTION:
+        assert any(f".{layer}." in name for name in names), layer
+
+
+@pytest.mark.parametrize("kind", ["v", "xl"])
+def test_lora_in_the_format_of_webui(models, loaded, tiny_v, families, tmp_path, kind):
+    """README's conversion: kohya's key names, and the same pictures where diffusers reads them back."""
+    from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
+    from safetensors.torch import load_file, save_file
+
+    model = with_lora((models | loaded)[kind], "attention", rank=4, alpha=4)
+    randomise(model)
+    model.save_lora(tmp_path)
+    state = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(load_file(tmp_path / LORA_FILE)))
+    layer = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    assert {f"{layer}.lora_down.weight", f"{layer}.lora_up.weight", f"{layer}.alpha"} <= set(state)
+    assert len(state) == 3 * len(model.lora()) // 2 and all(name.startswith("lora_unet_") for name in state)
+    save_file(state, tmp_path / "kohya.safetensors")
+    pipeline = stock_pipeline({"v": tiny_v, "xl": families["xl"]}[kind])
+    pipeline.load_lora_weights(str(tmp_path), weight_name="kohya.safetensors")
+    assert difference(ours(model), stock(pipeline, eta=0.0)) <= 1e-4
+
+
+# ---------------------------------------------------------------- P-GRAFT's switch
+
+
+@pytest.mark.parametrize("kind", ["xl", "sd3"])
+def test_switch_in_the_stock_pipeline(loaded, families, tmp_path, kind):
+    model = with_lora(loaded[kind], "attention")
+    randomise(model, 0.5)
+    model.save_lora(tmp_path)
+    pipeline = stock_pipeline(families[kind])
+    pipeline.load_lora_weights(str(tmp_path))
+    args = types.SimpleNamespace(model=families[kind], steps=5, guidance=3.0, eta=0.0, data="x0")
+    pgraft.save_switch(tmp_path, model, model.timesteps(5)[2], args)
+    switch = json.loads((tmp_path / "pgraft.json").read_text())["switch_timestep"]
+    assert pgraft.fitting_switch(tmp_path, model) == switch
+    found = []
+    for steps in (5, 8):  # trained with 5 steps, used with others
+
+        def base_from_the_switch_on(pipe, i, t, kwargs):
+            if i + 1 == (pipe.scheduler.timesteps > switch).sum():
+                pipe.disable_lora()
+            return kwargs
+
+        switch_at = pgraft.switch_step(model.timesteps(steps), switch)
+        noise = pgraft.draw_noise(SEEDS, steps, model.latent_shape, model.dtype)
+        x_s, x_0 = pgraft.sample(model, noise, model.encode(PROMPTS), 3.0, 0.0, switch_at)
+        pipeline.enable_lora()
+        expected = stock(pipeline, steps=steps, guidance=3.0, eta=0.0, callback_on_step_end=base_from_the_switch_on)
+        assert difference(x_0, expected) <= 3e-4
+        found.append(switch_at)
+        for other in (switch_at - 1, switch_at + 1):
+            assert difference(pgraft.sample(model, noise, model.encode(PROMPTS), 3.0, 0.0, other)[1], expected) > 3e-3
+    assert found[0] == 2 and found[1] > 2
+
+
+def test_switch_of_another_flow_is_refused(loaded, models, tmp_path):
+    args = types.SimpleNamespace(model="", steps=5, guidance=3.0, eta=0.0, data="x0")
+    pgraft.save_switch(tmp_path, loaded["sd3"], 789.5, args)
+    with pytest.raises(InputError, match=r"does not fit the model.*789\.5"):
+        pgraft.fitting_switch(tmp_path, models["v"])
+
+
+# ---------------------------------------------------------------- noise policy
+
+
+@pytest.mark.parametrize("kind", ["xl", "sd3", "no_t5"])
+def test_noise_policy_with_the_stock_pipeline(loaded, pipelines, kind):
+    model, pipeline = copy.copy(loaded[kind]), pipelines[kind]
+    if kind == "xl":
+        scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+        model.pipeline = copy.copy(model.pipeline)
+        pipeline, model.pipeline.scheduler = copy.copy(pipeline), scheduler
+        pipeline.scheduler = scheduler
+    text = noise_ppo.read(model, PROMPTS)
+    assert text.shape == (3, 1, {"xl": 40}.get(kind, 32))
+    policy = noise_ppo.NoisePolicy(*text.shape[1:], model.latent_shape)
+    policy.standardise(text)
+    torch.nn.init.normal_(policy.head.weight, std=0.2, generator=seeded())
+    policy.pipe = pipeline
+    latents = policy.sample(PROMPTS, [torch.Generator().manual_seed(s) for s in SEEDS])
+    mean, log_std = policy(text)
+    z = mean + log_std.exp() * noise_ppo.draw_noise(SEEDS, model.latent_shape, torch.float32)
+    assert torch.allclose(latents, z, atol=1e-5) and difference(z, mean) > 0.1 and mean.std() > 0.05
+    expected = stock(pipeline, steps=4, guidance=3.0, eta=0.0, latents=latents)
+    assert difference(noise_ppo.sample(model, z, model.encode(PROMPTS), 4, 3.0), expected) <= 1e-4
+
+
+REAL = {  # (tokens, width) that the policy reads, latent, denoiser
+    "1.5": (77, 768, (4, 64, 64), {"cross_attention_dim": 768}),
+    "xl": (
+        1,
+        1280,
+        (4, 128, 128),
+        {
+            "cross_attention_dim": 2048,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+        },
+    ),
+    "sd3": (1, 2048, (16, 128, 128), {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}),
+}
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_noise_policy_is_small_beside_the_real_model(kind):
+    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+
+    tokens, width, latent, config = REAL[kind]
+    with torch.device("meta"):
+        denoiser = (SD3Transformer2DModel if kind == "sd3" else UNet2DConditionModel)(**config)
+        policy = noise_ppo.NoisePolicy(tokens, width, latent)
+    numbers = [sum(p.numel() for p in module.parameters()) for module in (policy, denoiser)]
+    assert numbers[1] > 8e8 and numbers[0] / numbers[1] < 0.005
+
+
+# ---------------------------------------------------------------- precision and memory
+
+
+@pytest.mark.parametrize("kind", ["xl", "sd3"])
+def test_bfloat16(families, pipelines, kind):
+    model = Model(families[kind], "cpu", torch.bfloat16)
+    expected = stock(stock_pipeline(families[kind], torch.bfloat16), guidance=3.0, eta=0.0).float()
+    assert (ours(model, guidance=3.0) - expected).square().mean().sqrt() <= 0.1 * expected.std()
+    parameters = model.add_lora(4, 8, "attention", seed=0)
+    x_0, noise = (torch.randn(3, *model.latent_shape, generator=seeded(i)) for i in (3, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = graft.denoising_loss(model, x_0, model.encode(PROMPTS), torch.tensor([20, 300, 999]), noise, 3.0)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite()
+    assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in parameters)
+
+
+def test_vae_in_float32_where_the_stock_pipeline_does_so(families):
+    dtypes = {kind: Model(families[kind], "cpu", torch.float16).vae.dtype for kind in ("xl", "sd3")}
+    assert dtypes == {"xl": torch.float32, "sd3": torch.float16}
+
+
+def test_large_pictures_are_decoded_one_at_a_time(families, loaded, tmp_path):
+    folder = Path(shutil.copytree(families["sd3"], tmp_path / "large"))
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(json.dumps(config | {"sample_size": 64}))
+    model, sizes = Model(str(folder), "cpu", torch.float32), []
+    model.vae.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
+    latents = torch.randn(3, 16, 8, 8, generator=seeded())
+    assert_same_pictures(model.decode(latents), loaded["no_t5"].decode(latents))
+    assert model.latent_shape == (16, 64, 64) and sizes == [1, 1, 1] and not loaded["no_t5"].vae.use_slicing
+
+
+def test_text_encoders_are_on_the_device_only_while_they_encode(families, monkeypatch):
+    model, moves = Model(families["sd3"], "cpu", torch.float32), []
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):  # no accelerator is needed to see the moves
+        monkeypatch.setattr(getattr(model.pipeline, name), "to", lambda device, name=name: moves.append((name[13:], device)))
+    encode_prompt = model.pipeline.encode_prompt
+    monkeypatch.setattr(model.pipeline, "encode_prompt", lambda **o: (moves.append("encode"), encode_prompt(**o))[1])
+    model.device = "cpu:0"  # not the word for main memory
+    model.encode(PROMPTS)
+    model.encode(PROMPTS)  # known now
+    assert moves == [*((n, "cpu:0") for n in ("", "2", "3")), "encode", *((n, "cpu") for n in ("", "2", "3"))]
+
+
+def test_8bit_optimizer(monkeypatch):
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # not installed
+    with pytest.raises(InputError, match="--optimizer_8bit.*bitsandbytes"):
+        common.make_adamw(parameters, 1e-3, True)
+    assert type(common.make_adamw(parameters, 1e-3, False)) is torch.optim.AdamW
+    optim = types.SimpleNamespace(AdamW8bit=lambda parameters, lr, weight_decay: ("8 bit", lr, weight_decay))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
+    assert common.make_adamw(parameters, 1e-3, True) == ("8 bit", 1e-3, 0.0)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_another_pipeline_is_refused_before_anything_loads(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(tmp_path / file))
+    with pytest.raises(InputError, match="black/flux: is a FluxPipeline; supported: .*XLPipeline, StableDiffusion3Pipeline"):
+        Model("black/flux", "cpu", torch.float32)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="no/such: cannot be loaded"):
+        common.check_model_name("no/such")
+
+
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        ("xl", {"_class_name": "EDMEulerScheduler"}),
+        ("xl", {"prediction_type": "sample"}),
+        ("sd3", {"use_dynamic_shifting": True}),
+        ("sd3", {"_class_name": "FlowMatchHeunDiscreteScheduler"}),
+    ],
+)
+def test_scheduler_of_another_kind_is_refused(families, tmp_path, kind, config):
+    folder = Path(shutil.copytree(families[kind], tmp_path / "model"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    stored = json.loads(file.read_text())
+    if "_class_name" in config:
+        stored = {"num_train_timesteps": 1000}
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", config["_class_name"]]}))
+    file.write_text(json.dumps(stored | config))
+    with pytest.raises(InputError, match=f"--model {folder}: (its|prediction type)"):
+        Model(str(folder), "cpu", torch.float32)
+
+
+# ---------------------------------------------------------------- NaN
+
+
+def test_pictures_that_are_not_numbers(loaded):
+    with pytest.raises(InputError, match="sample 3: NaN or Inf"):
+        loaded["no_t5"].decode(torch.full((1, 16, 8, 8), math.inf), "sample 3")
+
+
+class OverflowingScaler(torch.amp.GradScaler):
+    """float16's scaler on the CPU, every gradient infinite."""
+
+    def __init__(self, device, enabled):
+        super().__init__("cpu", enabled=True)
+
+    def unscale_(self, optimizer):
+        for group in optimizer.param_groups:
+            group["params"][0].grad.fill_(math.inf)
+        super().unscale_(optimizer)
+
+
+@pytest.mark.parametrize(
+    "script, scaled", [("graft.py", True), ("graft.py", False), ("pgraft.py", True), ("pgraft.py", False)]
+)
+def test_gradients_that_stay_infinite(tiny_arguments, tmp_path, monkeypatch, script, scaled):
+    monkeypatch.chdir(tmp_path)
+    argv = [*tiny_arguments, *"--rounds 1 --updates 30 --output run".split()]
+    argv += ["--switch", "0.5"] if script == "pgraft.py" else []
+    if scaled:
+        monkeypatch.setattr(torch.amp, "GradScaler", OverflowingScaler)
+    else:
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    code, _, error = run_inside(argv, script)
+    # float16 halves the scale of 65536 sixteen times, and the weights stay as they were
+    where = "round 1, update 17: loss 0." if scaled else "round 1, update 1: loss "
+    assert code == 2 and where in error and f"gradient norm {'inf' if scaled else 'nan'}; lower --lr" in error
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+def arguments(folder, prompt_files, script):
+    sizes = "--rounds 1 --prompts_per_round 2 --samples 2 --updates 1 --batch 2 --lora_rank 2 --lr 1e-2 --lora_alpha 5"
+    sizes += {"graft.py": "", "pgraft.py": " --probe_prompts 2 --probe_restarts 2 --steps 4"}.get(script, "")
+    if script == "noise_ppo.py":
+        sizes = "--iterations 1 --prompts_per_iteration 2 --samples 2 --eval_steps 2,3 --no-controls --hidden 8"
+        sizes = sizes.replace("2,3", "2,4") if "xl" in folder else sizes
+    files = f"--prompts {prompt_files.train} --eval_prompts {prompt_files.held_out} --model {folder} --device cpu"
+    rest = f"--steps 2 --eval_samples 2 --reward jpeg_incompressibility --output run {sizes}"
+    return f"{files} {rest}".split()
+
+
+@pytest.mark.parametrize("script", ["graft.py", "pgraft.py", "noise_ppo.py"])
+@pytest.mark.parametrize("kind", ["xl", "sd3"])
+def test_whole_run(families, prompt_files, tmp_path, monkeypatch, kind, script):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    argv = arguments(families[kind], prompt_files, script)
+    code, out, error = run_inside([*argv, "--eval_rewards", "jpeg_compressibility"], script)
+    assert code == 0, error
+    stored = json.loads(Path("run/args.json").read_text())
+    assert stored["guidance"] == {"xl": 5.0, "sd3": 7.0}[kind] and stored.get("steps") == {"pgraft.py": 4}.get(script, 2)
+    eta = {("sd3", "graft.py"): 0.0, ("sd3", "pgraft.py"): 0.5}.get((kind, script), 1.0)
+    assert stored.get("eta") == (None if script == "noise_ppo.py" else eta)
+    snippet = out[out.index("import torch; from diffusers") :]
+    names = {"xl": "DDIMScheduler, StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
+    assert f"from diffusers import {names[kind]}\n" in snippet
+    assert ("# the stock flow is deterministic" in snippet) == ((kind, script) == ("sd3", "pgraft.py"))
+    exec(snippet, {"json": json})
+    name = "learnt.png" if script == "noise_ppo.py" else "tuned.png"
+    picture, shown = Image.open(name), Image.open("run/grid.png")
+    assert picture.size == (16, 16) and np.asarray(shown).std() > 0
+    if script == "graft.py":
+        model = Model(families[kind], "cpu", torch.float32)
+        model.load_lora("run")
+        prompt = Path(prompt_files.held_out).read_text().splitlines()[:1]
+        x = ours(model, prompt, [common.derived_seed("eval", 0, 0)], 2, stored["guidance"], stored["eta"])
+        assert_same_pictures([picture], model.decode(x))
+
+
+def test_killed_and_resumed(families, prompt_files, tmp_path):
+    argv = [*arguments(families["sd3"], prompt_files, "pgraft.py"), "--no-t5"]
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    assert exit_code(argv, tmp_path / "whole", script="pgraft.py") == 0, (tmp_path / "whole" / "output.txt").read_text()
+    for killer in (("torch.nn.utils", "clip_grad_norm_", 1), ("common", "save_checkpoint", 1)):
+        assert exit_code(argv, tmp_path / "killed", killer, "pgraft.py") < 0
+        argv = ["--resume", "run"]
+    assert exit_code(argv, tmp_path / "killed", script="pgraft.py") == 0, (tmp_path / "killed" / "output.txt").read_text()
+    assert_same_run(tmp_path / "killed" / "run", tmp_path / "whole" / "run")
+
+
+def test_scripts_refuse_another_pipeline(tmp_path):
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    for script in ("graft.py", "pgraft.py", "noise_ppo.py"):
+        code, _, error = run_inside(["--model", str(tmp_path / "flux")], script)
+        assert_one_line(code, error, "FluxPipeline; supported: StableDiffusionPipeline, StableDiffusionXLPipeline")
