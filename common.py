@@ -488,10 +488,7 @@ class Flow:
 
     def velocity(self, x, sigma):
         """v(x, sigma). x: (batch, ...), sigma: (batch,) from 1 (noise) to 0 (picture)."""
-        t, more = sigma * self.scheduler.config.num_train_timesteps, {}
-        if hasattr(self.network.config, "num_embeds_ada_norm"):  # a transformer with classes: the class "none"
-            more["class_labels"] = torch.full((len(x),), self.network.config.num_embeds_ada_norm, device=x.device)
-        return self.network(x, t, **more).sample
+        return predict(self.network, x, sigma * self.scheduler.config.num_train_timesteps)
 
     def grid(self, steps, power):
         """The scheduler's levels (steps + 1,) for sigma_k = (1 - k / steps)^power, as the Flux pipelines ask for theirs."""
@@ -515,21 +512,38 @@ def model_hash(network):
     return digest.hexdigest()
 
 
-def new_unet(size, channels, widths):
-    """A UNet2DModel without attention, one layer per level."""
-    from diffusers import UNet2DModel
+def new_network(spec, size, inputs, outputs):
+    """A stock network for size x size pictures. spec: "unet:24,48,48", a UNet2DModel with these channels and no attention, or
+    "token:128,128,128", a DiTTransformer2DModel with one token of this width and as many layers, for very small pictures."""
+    import diffusers
 
-    return UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=1,
-        block_out_channels=widths,
-        down_block_types=("DownBlock2D",) * len(widths),
-        up_block_types=("UpBlock2D",) * len(widths),
-        norm_num_groups=math.gcd(8, *widths),
-        add_attention=False,
-    )
+    kind, widths = spec.split(":")[0], [int(width) for width in spec.split(":")[1].split(",")]
+    shape = {"sample_size": size, "in_channels": inputs, "out_channels": outputs}
+    if kind == "token":
+        shape |= {"patch_size": size, "num_layers": len(widths), "attention_head_dim": widths[0], "num_attention_heads": 1}
+        return diffusers.DiTTransformer2DModel(**shape, num_embeds_ada_norm=1, norm_num_groups=1)
+    blocks = {"down_block_types": ("DownBlock2D",) * len(widths), "up_block_types": ("UpBlock2D",) * len(widths)}
+    shape |= {"block_out_channels": widths, "norm_num_groups": math.gcd(8, *widths), "add_attention": False}
+    return diffusers.UNet2DModel(**shape, **blocks, layers_per_block=1)
+
+
+def check_network(spec, size, flag):
+    """InputError unless new_network can make this for size x size pictures."""
+    kind, _, widths = spec.partition(":")
+    widths = [int(width) if width.isdecimal() else 0 for width in widths.split(",")]
+    if kind not in ("unet", "token") or any(width < 4 or width % 4 for width in widths):
+        raise InputError(f"{flag} {spec}: give unet: or token: and numbers that 4 divides, as in unet:32,64,64 or token:64,64")
+    if kind == "token" and len(set(widths)) > 1:
+        raise InputError(f"{flag} {spec}: the layers of a token network have one width, as in token:64,64")
+    if kind == "unet" and size % 2 ** (len(widths) - 1):
+        raise InputError(f"{flag} {spec}: {len(widths)} levels need a size that {2 ** (len(widths) - 1)} divides")
+
+
+def predict(network, x, t):
+    """A stock network's output. x: (batch, channels, height, width), t: (batch,) from 1000 (noise) to 0."""
+    classes = getattr(network.config, "num_embeds_ada_norm", None)  # of a transformer: its last class is "none"
+    more = {} if classes is None else {"class_labels": torch.full((len(x),), classes, device=x.device)}
+    return network(x, t, **more).sample
 
 
 def check_flow(name):

@@ -5,11 +5,14 @@ Notation  x_sigma = (1 - sigma) x + sigma eps, sigma from 1 (noise) to 0 (pictur
           eps - x; 1 = sigma_0 > ... > sigma_N = 0 the grid; T the sampler with these N steps; Q the law of z = T^-1(picture).
 Equations (1) T:     x_{k+1} = x_k + (sigma_{k+1} - sigma_k) v(x_k, sigma_k),  k = 0..N-1
           (2) T^-1:  for k = N-1..0 iterate  x <- x_{k+1} - (sigma_{k+1} - sigma_k) v(x, sigma_k)  until x stands still: that is x_k
-          (3) corrector u: y_t = cos(pi t / 2) eps + sin(pi t / 2) z / s, loss E |u(y_t, t) - dy_t / dt|^2, s the deviation of z;
-              its velocity is 0 if Q = N(0, s^2 I), so that a network which starts at 0 starts as the control z = s eps
-Sampling  eps -> M Euler steps of u -> times s -> T -> picture: T of Q is the law of the pictures, whatever v and N are.
-Choices that the paper leaves open: the interpolant (3); the averaged weights with the best held-out loss are kept; --normalise gaussian
-divides z by its whole covariance instead of s, the network then starts as the Gaussian control.
+          (3) corrector u: y_t = cos(pi t / 2) eps + sin(pi t / 2) w, loss E |u(y_t, t) - dy_t / dt|^2, w the standardised z; the
+              exact u is 0 if Q is Gaussian, so that a network which starts at 0 starts as the Gaussian control
+Sampling  eps -> M Euler steps of u -> w -> z -> T -> picture: T of Q is the law of the pictures, whatever v and N are.
+Choices that the paper leaves open: the interpolant (3); z is standardised by its mean and covariance, or by its deviation alone where
+there are too few pictures for a covariance (--normalise); u = a + b y with a and b from the network, which is also told |y|: its
+normalisation layers would hide it, and inverted noises differ from a Gaussian in their norm first of all; equation (2) is solved with
+Anderson acceleration, without which a fifth of the embedded pictures does not converge; the averaged weights with the best held-out
+loss are kept.
 """
 
 import copy
@@ -35,7 +38,7 @@ from rewards import frechet_distance, frechet_features
 from shapes import flow_data
 
 AT_LEAST_ONE = "steps max_iterations sample_batch corrector_steps batch checkpoint_every size channels base_updates".split()
-CHOICES = {"features": ("shapes", "pixels", "inception"), "normalise": ("scale", "gaussian"), "times": ("left", "middle")}
+CHOICES = {"features": ("shapes", "pixels", "inception"), "normalise": ("", "scale", "gaussian")}
 SHOWN = 8  # pictures of every kind in grid.png
 
 
@@ -53,35 +56,36 @@ class Args:
     data_noise: float = 0.0  # standard deviation of noise added to every picture, values in [-1, 1]; helps the inversion
     reference_share: float = 0.5  # share of --data kept for the Frechet distance, never trained on
 
-    train_base: bool = False  # first train a flow (UNet2DModel) on the pictures; --model is then not used
+    train_base: bool = False  # first train a flow on the pictures; --model is then not used
     size: int = 16  # --train_base: pixels of a side
     channels: int = 1  # --train_base: 1 grey, 3 RGB
-    base_widths: str = "24,48,48"  # --train_base: channels of the U-Net's levels
+    base_network: str = "unet:32,64,64"  # --train_base: see common.new_network
     base_updates: int = 8000  # --train_base: optimiser updates
-    base_lr: float = 2e-3  # --train_base: AdamW learning rate
+    base_lr: float = 1e-3  # --train_base: AdamW learning rate
 
-    steps: int = 8  # N, Euler steps of the sampler that is inverted and corrected
+    steps: int = 6  # N, Euler steps of the sampler that is inverted and corrected
     grid_power: float = 1.0  # sigma_k = (1 - k / N)^power, before the scheduler's own shift; 1: even steps
-    sample_batch: int = 250  # pictures inverted or sampled at a time
+    sample_batch: int = 500  # pictures inverted or sampled at a time
 
-    pictures: int = 3000  # pictures to invert, at most
+    pictures: int = 20_000  # pictures to invert, at most
     tolerance: float = 1e-3  # a step of the inversion has converged when its pixels change by less (root mean square)
     max_iterations: int = 60  # model calls per step of the inversion, at most
     memory: int = 2  # changes that Anderson acceleration combines; 0: the plain fixed-point iteration
     max_failed: float = 0.1  # stop if a larger share of the pictures does not converge
 
-    corrector_widths: str = "12,24,24"  # channels of the corrector's levels (a UNet2DModel)
+    corrector_network: str = "token:64,64"  # see common.new_network; for pictures above 8 x 8 such as "unet:16,32,32"
     corrector_steps: int = 4  # M, Euler steps of the corrector
-    times: str = "left"  # where in its time step the corrector is evaluated: left (Euler) or middle
-    normalise: str = "scale"  # what the corrector starts from: scale (z = s eps) or gaussian (mean and covariance of z)
+    normalise: str = (
+        ""  # gaussian or scale; left out: gaussian if there are ten noises for each number in a picture, else scale
+    )
     held_out: float = 0.1  # share of the inverted noises that choose the weights and are not trained on
-    updates: int = 2000  # optimiser updates of the corrector
-    batch: int = 64  # pictures per update, also of the base
-    lr: float = 2e-3  # AdamW learning rate of the corrector, warm-up, then cosine to 0
-    checkpoint_every: int = 100  # updates between two checkpoints
+    updates: int = 3000  # optimiser updates of the corrector
+    batch: int = 256  # pictures per update, also of the base
+    lr: float = 1e-3  # AdamW learning rate of the corrector, warm-up, then cosine to 0
+    checkpoint_every: int = 250  # updates between two checkpoints
 
     features: str = ""  # shapes (embedded pictures), pixels (means over 8 x 8 fields) or inception (needs torch-fidelity)
-    eval_pictures: int = 2000  # pictures per row of the table
+    eval_pictures: int = 4000  # pictures per row of the table
     eval_steps: str = ""  # steps of the base alone; left out: N, as many as the corrected sampler's FLOPs buy, 2N, 4N
     eval_powers: str = "0.7,1.4"  # other grids on which the base is shown, with as many steps as the corrected FLOPs buy
     eval_corrector_steps: str = "2,8"  # other M with which the corrector is shown
@@ -168,13 +172,11 @@ def interpolant(eps, z, t):
 
 
 @torch.no_grad()
-def correct(velocity, noise, steps, times="left"):
-    """M = steps Euler steps of dy / dt = velocity(y (batch, ...), t (batch,)) from t = 0 to 1; times "middle" evaluates the velocity
-    at the middle of each time step. -> (batch, ...)"""
+def correct(velocity, noise, steps):
+    """M = steps Euler steps of dy / dt = velocity(y (batch, ...), t (batch,)) from t = 0 to 1 -> (batch, ...)."""
     y = noise
     for m in range(steps):
-        t = (m + (0.5 if times == "middle" else 0)) / steps
-        y = y + velocity(y, torch.full((len(y),), t, dtype=y.dtype, device=y.device)) / steps
+        y = y + velocity(y, torch.full((len(y),), m / steps, dtype=y.dtype, device=y.device)) / steps
     return y
 
 
@@ -184,6 +186,13 @@ def gaussian_of(z):
     values, vectors = torch.linalg.eigh(torch.cov(flat.T).reshape(flat.shape[1], -1))
     values = values.clamp(min=1e-6 * values.max().item()).sqrt()
     return [part.float() for part in (flat.mean(0), vectors * values @ vectors.T, vectors / values @ vectors.T)]
+
+
+def match_norms(eps, norms):
+    """eps (n, ...) from N(0, I) with its lengths moved to the law of `norms` (m,), order kept: |eps|^2 is chi-squared."""
+    length = eps.flatten(1).norm(dim=1)  # (n,)
+    quantile = torch.special.gammainc(torch.tensor(eps[0].numel() / 2).to(length), length.square() / 2)
+    return eps * (torch.quantile(norms, quantile) / length).view(-1, *[1] * (eps.dim() - 1))
 
 
 # ================================================================ corrector
@@ -200,11 +209,16 @@ class Corrector:
     corrector = Corrector.load(folder, network, scheduler);  latents = corrector(torch.randn(n, channels, height, width))."""
 
     def __init__(self, network, settings, law):
-        """law: {} (then z is divided by settings["scale"]) or {"mean", "root", "inverse"} of gaussian_of."""
+        """law: {} (then z is divided by settings["scale"]) or {"mean", "root", "inverse"} of gaussian_of. network: a stock one that
+        takes a channel more than a picture has and returns twice as many."""
         self.network, self.settings, self.law = network, settings, law
 
     def velocity(self, y, t):
-        return self.network(y, 1000 * t).sample
+        """u = a + b y. y: (batch, channels, height, width), t: (batch,)."""
+        square = y.square().mean((1, 2, 3), keepdim=True)  # 1 on average
+        norm = (square - 1) * (y[0].numel() / 2) ** 0.5  # variance 1 for standard noise
+        a, b = common.predict(self.network, torch.cat([y, norm.expand_as(y[:, :1])], 1), 1000 * (1 - t)).chunk(2, 1)
+        return a + b * y
 
     def standardise(self, z):
         """What takes the place of z / s in equation (3)."""
@@ -221,7 +235,7 @@ class Corrector:
     def __call__(self, noise, steps=None):
         """noise: (batch, channels, height, width) from N(0, I) -> initial noise for the sampler, the same shape."""
         steps = steps or self.settings["corrector_steps"]
-        return self.destandardise(correct(self.velocity, noise, steps, self.settings["times"]))
+        return self.destandardise(correct(self.velocity, noise, steps))
 
     def save(self, folder):
         self.network.save_pretrained(folder)
@@ -235,7 +249,7 @@ class Corrector:
     def load(cls, folder, network, scheduler):
         """The corrector saved in `folder`, for a flow's network and its scheduler, whose set_timesteps has been called.
         InputError if it was learnt for another network or grid."""
-        from diffusers import UNet2DModel
+        import diffusers
 
         file = Path(folder) / "corrector.json"
         if not file.is_file():
@@ -253,7 +267,8 @@ class Corrector:
         file = Path(folder) / "law.safetensors"
         device = next(network.parameters()).device
         law = {k: v.to(device) for k, v in safetensors.torch.load_file(file).items()} if file.exists() else {}
-        return cls(UNet2DModel.from_pretrained(folder).to(device).requires_grad_(False), settings, law)
+        kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        return cls(getattr(diffusers, kind).from_pretrained(folder).to(device).requires_grad_(False), settings, law)
 
 
 def draw_noise(seeds, shape):
@@ -511,14 +526,8 @@ def prepare(args):
     for name, kind, least in (("eval_steps", int, 1), ("eval_corrector_steps", int, 1), ("eval_powers", float, 0.1)):
         numbers(args, name, kind, least, 10**4)
     shape = (args.channels, args.size, args.size) if args.train_base else common.check_flow(args.model)
-    for name in ("corrector_widths", *(["base_widths"] if args.train_base else [])):
-        widths = numbers(args, name, int, 4, 4096)
-        if not widths or any(w % 4 for w in widths):
-            raise InputError(f"--{name} {getattr(args, name)}: give numbers that 4 divides, separated by commas")
-        if shape[1] % 2 ** (len(widths) - 1):
-            raise InputError(
-                f"--{name} {getattr(args, name)}: {len(widths)} levels need a size that {2 ** (len(widths) - 1)} divides"
-            )
+    for name in ("corrector_network", *(["base_network"] if args.train_base else [])):
+        common.check_network(getattr(args, name), shape[1], f"--{name}")
     if shape[0] not in (1, 3):
         raise InputError(f"--channels {shape[0]}: must be 1 (grey) or 3 (RGB)")
     world = (1, flow_data.SIZE, flow_data.SIZE)
@@ -563,7 +572,7 @@ def main(args, folder_known):
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         torch.manual_seed(args.seed)
-        network = common.new_unet(args.size, args.channels, numbers(args, "base_widths", int, 4, 4096))
+        network = common.new_network(args.base_network, args.size, args.channels, args.channels)
         flow = Flow(network, FlowMatchEulerDiscreteScheduler(), args.device)
     else:
         flow = Flow.load(args.model, args.device)
@@ -579,8 +588,8 @@ def main(args, folder_known):
         common.save_checkpoint(folder, state)
 
     torch.manual_seed(args.seed)
-    network = common.new_unet(shape[1], shape[0], numbers(args, "corrector_widths", int, 4, 4096)).to(args.device)
-    for parameter in network.conv_out.parameters():
+    network = common.new_network(args.corrector_network, shape[1], shape[0] + 1, 2 * shape[0]).to(args.device)
+    for parameter in getattr(network, "conv_out" if hasattr(network, "conv_out") else "proj_out_2").parameters():
         torch.nn.init.zeros_(parameter)
     print(describe(args, flow, sum(p.numel() for p in network.parameters()), pictures, folder), flush=True)
 
@@ -602,6 +611,7 @@ def main(args, folder_known):
     # ------------------------------------------------------------ CORRECT
     known = split_noises(noises, args)[1].to(args.device)
     scale = known.square().mean().sqrt().item()
+    args.normalise = args.normalise or ("gaussian" if len(known) >= 10 * math.prod(shape) else "scale")
     law = {}
     if math.prod(shape) <= 4096:  # beyond, the covariance would be larger than any model here
         law = dict(zip(("mean", "root", "inverse"), (part.to(args.device) for part in gaussian_of(known))))
@@ -609,7 +619,7 @@ def main(args, folder_known):
         raise InputError(f"--normalise gaussian: {math.prod(shape)} numbers in a picture are too many, 4096 at most")
     settings = {"model_hash": common.model_hash(flow.network), "steps": args.steps, "grid_power": args.grid_power}
     settings |= {"sigmas": sigmas.tolist(), "timesteps": flow.scheduler.timesteps.tolist(), "scale": scale}
-    settings |= {"corrector_steps": args.corrector_steps, "times": args.times, "normalise": args.normalise}
+    settings |= {"corrector_steps": args.corrector_steps, "normalise": args.normalise}
     corrector = Corrector(network, settings, law if args.normalise == "gaussian" else {})
     gaussian = Corrector(None, settings, law)
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state["corrector"].get("update", 0) + 1)
@@ -649,11 +659,12 @@ def main(args, folder_known):
     powers = numbers(args, "eval_powers", float, 0.1, 10)
     arms += [(f"base, grid power {power:g}", "base", matched, power, lambda eps: eps) for power in powers]
     arms += [("base trained on", "longer", k, args.grid_power, lambda eps: eps) for k in sorted({n, matched}) if args.longer]
-    starts = (
-        {"scale only": lambda eps: scale * eps}
-        | ({"gaussian": gaussian.destandardise} if law else {})
-        | {"corrector": corrector}
-    )
+    starts = {"scale only": lambda eps: scale * eps}
+    if law:
+        norms = gaussian.standardise(known).flatten(1).norm(dim=1)  # (n,)
+        starts["gaussian"] = gaussian.destandardise
+        starts["gaussian, norms matched"] = lambda eps: gaussian.destandardise(match_norms(eps, norms))
+    starts["corrector"] = corrector
     for m in numbers(args, "eval_corrector_steps", int, 1, 10**4):
         starts[f"corrector, M = {m}"] = lambda eps, m=m: corrector(eps, m)
     arms += [(name, "base", n, args.grid_power, start) for name, start in starts.items()]

@@ -2,7 +2,7 @@
 
 Run: python benchmarks/noise_ppo_shapes.py            (everything that benchmarks/results/noise_ppo lacks, then the tables)
      python benchmarks/noise_ppo_shapes.py --tables   (only the tables, from the stored results)
-     python benchmarks/noise_ppo_shapes.py --arms conditional mean_only --seeds 0 1 2
+     python benchmarks/noise_ppo_shapes.py --arms mean both --seeds 0 1 2
 Arms "valid_..." hold out benchmarks/prompts_valid.txt, a part of the training prompts: settings may be chosen on them only.
 """
 
@@ -22,17 +22,18 @@ from graft_shapes import ROOT, VALID, mean_and_se
 
 RESULTS = ROOT / "benchmarks" / "results" / "noise_ppo"
 SHORT = ["--eval_steps", "4,40", "--no-controls"]
+BOTH = ["--no-mean_only"]  # mean and standard deviation are learnt
 ARMS = {
-    "conditional": [],
-    "unconditional": ["--policy", "unconditional", "--no-controls"],
-    "mean_only": ["--mean_only", "--no-controls"],
-    "std_only": ["--std_only", *SHORT],
-    **{f"kl_{weight}": ["--kl_weight", weight, *SHORT] for weight in ("0", "0.001", "0.02", "0.05")},
-    "sum": ["--reduction", "sum", "--clip", "0.256", *SHORT],  # 256 numbers in a latent: the same clip, in nats
-    "mean_clip_0.2": ["--clip", "0.2", *SHORT],  # averaged over 256 numbers a ratio hardly ever gets that far
-    "sum_clip_100": ["--reduction", "sum", "--clip", "100", *SHORT],
-    "valid_conditional": VALID,
-    "valid_mean_only": [*VALID, "--mean_only", *SHORT],
+    "mean": [],
+    "both": BOTH,
+    "unconditional": [*BOTH, "--policy", "unconditional"],
+    "std_only": [*BOTH, "--std_only", *SHORT],
+    **{f"both_kl_{weight}": [*BOTH, "--kl_weight", weight, *SHORT] for weight in ("0", "0.02", "0.05")},
+    "both_sum": [*BOTH, "--reduction", "sum", "--clip", "0.256", *SHORT],  # 256 numbers in a latent: the same clip, in nats
+    "both_clip_0.2": [*BOTH, "--clip", "0.2", *SHORT],  # averaged over 256 numbers a ratio hardly ever gets that far
+    "both_sum_clip_100": [*BOTH, "--reduction", "sum", "--clip", "100", *SHORT],
+    "valid_mean": [*VALID, *SHORT],
+    "valid_both": [*VALID, *BOTH],
 }
 TRAINING = "clip_fraction approximate_kl explained_variance kl_per_dimension mean_rms mean_rms_own std std_spread".split()
 

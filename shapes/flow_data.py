@@ -1,6 +1,6 @@
 """The world of the unconditional flow model, and the network whose features the Frechet distance compares.
 
-A picture is 16 x 16, grey, values about [-1, 1]: a circle, square or triangle of any place, size and grey on a darker flat ground.
+A picture is 8 x 8, grey, values about [-1, 1]: a circle, square or triangle of any place, size and grey on a darker flat ground.
 Every pixel carries noise: strong inside the shape (standard deviation 0.4), weak on the ground (0.1). A sampler with few steps
 contracts weakly noisy pixels more than strongly noisy ones, so its inverse has a larger noise where the ground is: a scale mixture,
 whose pattern is the shape's place. No Gaussian has such a law.
@@ -13,20 +13,20 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-SIZE, SHAPES = 16, ("circle", "square", "triangle")
+SIZE, SHAPES = 8, ("circle", "square", "triangle")
 GROUND_NOISE, TEXTURE_NOISE = 0.1, 0.4  # standard deviations
 FLOW = Path(__file__).parent / "flow"  # the embedded flow model and features.safetensors
 LABELS = ("x", "y", "radius", "ground", "fill", "ground noise", "texture noise", "softness", "smoothness")
 
 
 def draw(count: int, seed: int, vary: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(pictures (count, 1, 16, 16) float32, which of SHAPES (count,) int64, LABELS (count, 9) float32, in the world's own units).
+    """(pictures (count, 1, 8, 8) float32, which of SHAPES (count,) int64, LABELS (count, 9) float32, in the world's own units).
 
     vary: pictures that are wrong in the ways in which a sampler errs, for the feature network: noise too weak or too strong, edges too
     soft, noise that is smooth in space. softness and smoothness are 0 otherwise, and the noise levels constants.
     """
     rng = np.random.default_rng(seed)
-    kind, radius = rng.integers(3, size=count), rng.uniform(3, 5.5, count)
+    kind, radius = rng.integers(3, size=count), rng.uniform(1.6, 3, count)
     x, y = (rng.uniform(radius, SIZE - radius) for _ in range(2))
     ground, fill = rng.uniform(-0.8, -0.3, count), rng.uniform(0.2, 0.8, count)
     ground_noise, texture_noise = np.full(count, GROUND_NOISE), np.full(count, TEXTURE_NOISE)
@@ -48,7 +48,7 @@ def draw(count: int, seed: int, vary: bool = False) -> tuple[torch.Tensor, torch
 
 
 def _cover(kind, x, y, radius) -> torch.Tensor:
-    """Which share of every pixel the shape covers, (count, 1, 16, 16), from 4 x 4 points a pixel. Arguments: (count,)."""
+    """Which share of every pixel the shape covers, (count, 1, 8, 8), from 4 x 4 points a pixel. Arguments: (count,)."""
     kind, x, y, radius = (values[:, None, None] for values in (kind, x, y, radius))
     fine = (np.arange(4 * SIZE, dtype=np.float32) + 0.5) / 4
     dx, dy = fine[None, None, :] - x, fine[None, :, None] - y
@@ -64,12 +64,12 @@ def _blur(pictures: torch.Tensor) -> torch.Tensor:
 
 
 class FeatureNet(torch.nn.Module):
-    """64 features of a picture (batch, 1, 16, 16), from which shape and LABELS can be read; standardised on the world's pictures."""
+    """64 features of a picture (batch, 1, 8, 8), from which shape and LABELS can be read; standardised on the world's pictures."""
 
     def __init__(self):
         super().__init__()
         self.body = torch.nn.Sequential()
-        for inputs, outputs, stride in ((1, 32, 1), (32, 48, 2), (48, 64, 2), (64, 64, 1)):
+        for inputs, outputs, stride in ((1, 32, 1), (32, 48, 1), (48, 64, 2), (64, 64, 1)):
             self.body.extend([torch.nn.Conv2d(inputs, outputs, 3, stride, 1), torch.nn.SiLU()])
         self.body.extend([torch.nn.Flatten(), torch.nn.Linear(64 * 4 * 4, 64)])
         self.head = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, 12))

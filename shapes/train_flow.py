@@ -2,8 +2,8 @@
 
 Run: python -m shapes.train_flow                                     (both, into shapes/flow/)
      python -m shapes.train_flow --seed 1 --no-features --out flow1  (another base for the experiments)
-Result: unet/ and scheduler/ in diffusers format (UNet2DModel, FlowMatchEulerDiscreteScheduler), features.safetensors, all in half
-precision. The flow learns E |v(x_sigma, sigma) - (eps - x)|^2 with sigma uniform. The feature network learns to answer which shape a
+Result: transformer/ and scheduler/ in diffusers format (DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler), features.safetensors,
+all in half precision. The flow learns E |v(x_sigma, sigma) - (eps - x)|^2 with sigma uniform. The feature network learns to answer which shape a
 picture shows, where, how large, how grey, how noisy its ground and its texture are, how soft its edges and how smooth its noise.
 """
 
@@ -18,7 +18,7 @@ import tyro
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import common
-from common import Flow, new_unet
+from common import Flow, new_network
 from inverse_noise_correction import fit, train_flow
 from rewards import frechet_distance
 from shapes.flow_data import FLOW, SIZE, FeatureNet, draw
@@ -29,25 +29,25 @@ class Args:
     """Train the embedded flow model and the feature network."""
 
     out: Path = FLOW
-    """Folder for unet/, scheduler/ and features.safetensors; parts that are there already must be removed first."""
+    """Folder for transformer/, scheduler/ and features.safetensors; parts that are there already must be removed first."""
     seed: int = 0
     """Seed of everything."""
     flow: bool = True
     """Train the flow."""
     features: bool = True
     """Train the feature network."""
-    widths: tuple[int, ...] = (24, 48, 48)
-    """Channels of the U-Net's levels."""
-    pictures: int = 50000
+    network: str = "token:128,128,128"
+    """The flow's network, see common.new_network."""
+    pictures: int = 100000
     """Training pictures of each network."""
-    updates: int = 24000
+    updates: int = 10000
     """Updates of the flow."""
-    batch: int = 64
-    """Pictures per update."""
-    lr: float = 2e-3
+    batch: int = 256
+    """Pictures per update of the flow."""
+    lr: float = 1e-3
     """Peak learning rate of AdamW."""
-    feature_updates: int = 6000
-    """Updates of the feature network."""
+    feature_updates: int = 8000
+    """Updates of the feature network, 64 pictures each."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -65,7 +65,7 @@ def train_features(args: Args) -> FeatureNet:
         return F.cross_entropy(logits, kinds[index]) + (answers - labels[index]).square().mean()
 
     def loss(generator):
-        return error(torch.randint(len(pictures), (args.batch,), generator=generator))
+        return error(torch.randint(len(pictures), (64,), generator=generator))
 
     fit(net, loss, args.feature_updates, 1e-3, (args.seed, "feature network"), {}, args.feature_updates)
     net.half().float()  # what is saved
@@ -95,7 +95,7 @@ def report_features(net: FeatureNet, device: str, count: int) -> None:
 
 def main(args: Args) -> None:
     args.device = common.check_device(args.device, "float32")
-    for wanted, part in ((args.flow, "unet"), (args.features, "features.safetensors")):
+    for wanted, part in ((args.flow, "scheduler"), (args.features, "features.safetensors")):
         if wanted and (args.out / part).exists():
             raise SystemExit(f"{args.out / part} exists: remove it or choose another --out")
     start = time.perf_counter()
@@ -107,7 +107,7 @@ def main(args: Args) -> None:
         common.write_atomically(args.out / "features.safetensors", safetensors.torch.save(weights))
     if args.flow:
         torch.manual_seed(args.seed)
-        flow = Flow(new_unet(SIZE, 1, args.widths), FlowMatchEulerDiscreteScheduler(), args.device)
+        flow = Flow(new_network(args.network, SIZE, 1, 1), FlowMatchEulerDiscreteScheduler(), args.device)
         pictures = draw(args.pictures, common.derived_seed(args.seed, "flow"))[0]
         state = {}
         train_flow(flow, pictures, args.updates, args.lr, args.batch, (args.seed, "flow"), state, args.updates)

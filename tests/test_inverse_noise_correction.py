@@ -244,26 +244,24 @@ def law_velocity(r):
     return velocity
 
 
-@pytest.mark.parametrize("times", ["left", "middle"])
 @pytest.mark.parametrize("r", [0.5, 1.0, 1.8])
-def test_exact_corrector_has_the_law_of_the_noises(r, times):
+def test_exact_corrector_has_the_law_of_the_noises(r):
     one = torch.ones(2, 1, 1, 1, dtype=torch.float64)
-    errors = [abs(correct(law_velocity(r), one, steps, times)[0].item() - r) for steps in (50, 100, 1000)]
+    errors = [abs(correct(law_velocity(r), one, steps)[0].item() - r) for steps in (50, 100, 1000)]
     assert errors[2] < 5e-3 and errors[1] <= 0.6 * errors[0] + 1e-12
     if r == 1:
         assert errors == [0, 0, 0]
     # whole chain: T of the corrected noise has the pictures' law
     std = 0.3
     ratio = std / sampled_std(std, EVEN)
-    z = correct(law_velocity(ratio), one, 2000, "middle")
+    z = correct(law_velocity(ratio), one, 4000)
     assert euler_sample(gaussian_velocity(std), z, EVEN)[0].item() == pytest.approx(std, rel=1e-3)
 
 
 def test_correct_is_evaluated_at_these_times():
-    for times, expected in (("left", [0, 0.25, 0.5, 0.75]), ("middle", [0.125, 0.375, 0.625, 0.875])):
-        seen = []
-        found = correct(lambda y, t: seen.append(t.tolist()) or torch.ones_like(y), torch.zeros(2, 1), 4, times)
-        assert seen == [[t, t] for t in expected] and torch.equal(found, torch.ones(2, 1))
+    seen = []
+    found = correct(lambda y, t: seen.append(t.tolist()) or torch.ones_like(y), torch.zeros(2, 1), 4)
+    assert seen == [[t, t] for t in (0, 0.25, 0.5, 0.75)] and torch.equal(found, torch.ones(2, 1))
 
 
 def test_interpolant():
@@ -288,28 +286,29 @@ def test_velocity_is_zero_only_if_the_law_is_standard(r, t):
     assert (expected == 0) == (r == 1)
 
 
-def new_unet(seed=0, size=8, channels=1, widths=(4, 8)):
+def new_unet(seed=0, size=8, channels=1):
     torch.manual_seed(seed)
-    return common.new_unet(size, channels, widths)
+    return common.new_network("unet:4,8", size, channels, channels)
 
 
-def zero_unet(**options):
-    network = new_unet(**options)
-    for parameter in network.conv_out.parameters():
+def zero_network(spec, size):
+    network = common.new_network(spec, size, 2, 2)
+    for parameter in (network.conv_out if spec.startswith("unet") else network.proj_out_2).parameters():
         torch.nn.init.zeros_(parameter)
     return network
 
 
 def settings_of(**more):
-    return {"corrector_steps": 3, "times": "left", "scale": 1.7, "normalise": "scale"} | more
+    return {"corrector_steps": 3, "scale": 1.7, "normalise": "scale"} | more
 
 
-def test_new_corrector_is_the_control():
+@pytest.mark.parametrize("spec", ["unet:4,8", "token:8,8"])
+def test_new_corrector_is_the_control(spec):
     z, eps = 1.7 * randn(400, 1, 4, 4).float() @ randn(4, 4, seed=2).float() + 0.5, randn(6, 1, 4, 4, seed=1).float()
-    scale_only = Corrector(zero_unet(size=4), settings_of(), {})
+    scale_only = Corrector(zero_network(spec, 4), settings_of(), {})
     assert torch.equal(scale_only(eps), 1.7 * eps) and torch.equal(scale_only.standardise(1.7 * eps), 1.7 * eps / 1.7)
     law = dict(zip(("mean", "root", "inverse"), inc.gaussian_of(z)))
-    gaussian = Corrector(zero_unet(size=4), settings_of(), law)
+    gaussian = Corrector(zero_network(spec, 4), settings_of(), law)
     white = gaussian.standardise(z).flatten(1)
     assert white.mean(0).abs().max() < 1e-3 and (torch.cov(white.T) - torch.eye(16)).abs().max() < 1e-2
     assert torch.allclose(gaussian.destandardise(gaussian.standardise(z)), z, atol=1e-3)
@@ -319,16 +318,72 @@ def test_new_corrector_is_the_control():
 
 
 class PerChannel(torch.nn.Module):
-    """y -> y times a polynomial of t, one for each channel: holds the exact velocity of N(0, diag) well enough."""
+    """u = y times a polynomial of t, one for each channel: holds the exact velocity of N(0, diag) well enough."""
+
+    config = SimpleNamespace()
 
     def __init__(self, channels):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(6, channels))
 
-    def forward(self, y, t):
+    def forward(self, x, t):
+        assert x.shape[1] == self.weight.shape[1] + 1  # the norm's plane
         t = t / 500 - 1
-        factor = torch.stack([t**k for k in range(6)], 1) @ self.weight
-        return SimpleNamespace(sample=y * factor[:, :, None, None])
+        factor = (torch.stack([t**k for k in range(6)], 1) @ self.weight)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        return SimpleNamespace(sample=torch.cat([torch.zeros_like(factor), factor], 1))
+
+
+class OfTheNorm(torch.nn.Module):
+    """u = y times a function of the norm's plane and of t."""
+
+    config = SimpleNamespace()
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.SiLU(), torch.nn.Linear(32, 1))
+
+    def forward(self, x, t):
+        factor = self.body(torch.stack([x[:, -1, 0, 0], t / 500 - 1], 1))[:, :, None, None].expand_as(x[:, :1])
+        return SimpleNamespace(sample=torch.cat([torch.zeros_like(factor), factor], 1))
+
+
+def test_corrector_is_told_the_norm():
+    """u = a + b y; the extra plane is (|y|^2 / d - 1) sqrt(d / 2). With it alone a law on a thin shell is learnt."""
+    seen = []
+
+    def network(x, t, **_):
+        seen.append((x, t))
+        return SimpleNamespace(sample=torch.cat([torch.full_like(x[:, :1], 3), torch.full_like(x[:, :1], 2)], 1))
+
+    network.config = SimpleNamespace()
+    y = randn(5, 1, 4, 4)
+    found = Corrector(network, settings_of(), {}).velocity(y, torch.full((5,), 0.25))
+    assert torch.allclose(found, 3 + 2 * y) and torch.equal(seen[0][0][:, :1], y) and (seen[0][1] == 750).all()
+    plane = (y.square().mean((1, 2, 3)) - 1) * 8**0.5
+    assert torch.allclose(seen[0][0][:, 1], plane[:, None, None].expand(5, 4, 4))
+
+    z = torch.randn(4000, 1, 4, 4, generator=seeded())
+    z = z / z.square().mean((1, 2, 3), keepdim=True).sqrt()  # on the sphere
+    torch.manual_seed(0)
+    corrector = Corrector(OfTheNorm(), settings_of(scale=1.0, corrector_steps=50), {})
+    args = SimpleNamespace(
+        device="cpu", held_out=0.1, batch=256, sample_batch=500, updates=400, lr=0.01, seed=0, checkpoint_every=100
+    )
+    inc.train_corrector(corrector, z, args, {}, lambda: None)
+    eps = torch.randn(4000, 1, 4, 4, generator=seeded(1))
+    before, after = (x.square().mean((1, 2, 3)).sqrt() for x in (eps, corrector(eps)))
+    assert before.std() > 0.15 and after.std() < 0.08 and after.mean().item() == pytest.approx(1, abs=0.03)
+
+
+def test_match_norms():
+    eps, norms = randn(20_000, 1, 3, 4), 2 + torch.rand(5000, generator=seeded(1), dtype=torch.float64)
+    found = inc.match_norms(eps, norms)
+    length, before = found.flatten(1).norm(dim=1), eps.flatten(1).norm(dim=1)
+    grid = torch.linspace(0.02, 0.98, 9, dtype=torch.float64)
+    assert torch.allclose(length.quantile(grid), norms.quantile(grid), atol=0.02)
+    assert torch.equal(length.argsort(), before.argsort()) and torch.allclose(
+        found / eps, (length / before)[:, None, None, None]
+    )
 
 
 def test_learnt_corrector_has_the_known_law():
@@ -430,11 +485,11 @@ def test_count_flops():
 def test_world():
     pictures, kinds, labels = flow_data.draw(600, 3)
     assert (
-        pictures.shape == (600, 1, 16, 16) and pictures.dtype == torch.float32 and labels.shape == (600, len(flow_data.LABELS))
+        pictures.shape == (600, 1, 8, 8) and pictures.dtype == torch.float32 and labels.shape == (600, len(flow_data.LABELS))
     )
     assert set(kinds.tolist()) == {0, 1, 2} and torch.equal(pictures, flow_data.draw(600, 3)[0])
     x, y, radius, ground, fill = labels[:, :5].T.round(decimals=3)
-    rows, columns = torch.meshgrid(torch.arange(16) + 0.5, torch.arange(16) + 0.5, indexing="ij")
+    rows, columns = torch.meshgrid(torch.arange(8) + 0.5, torch.arange(8) + 0.5, indexing="ij")
     distance = ((rows - y[:, None, None]) ** 2 + (columns - x[:, None, None]) ** 2).sqrt()
     outside, inside = distance > 1.3 * radius[:, None, None] + 1, distance < 0.3 * radius[:, None, None]
     residual = pictures[:, 0] - torch.where(outside, ground[:, None, None], fill[:, None, None])
@@ -450,7 +505,7 @@ def test_feature_net_round_trip(tmp_path):
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    net, pictures = flow_data.FeatureNet(), torch.randn(5, 1, 16, 16)
+    net, pictures = flow_data.FeatureNet(), torch.randn(5, 1, 8, 8)
     net.scale.fill_(3)
     save_file({name: value.half() for name, value in net.state_dict().items()}, tmp_path / "f.safetensors")
     loaded = flow_data.FeatureNet.load(tmp_path / "f.safetensors")
@@ -465,7 +520,7 @@ def test_embedded_features_and_size():
     assert (logits.argmax(1) == kinds).float().mean() > 0.9
     assert all(torch.corrcoef(torch.stack(p))[0, 1] > 0.9 for p in zip(answers.T[:5], labels.T[:5]))
     reference, floor = net(flow_data.draw(5000, 1)[0]), net(flow_data.draw(1000, 2)[0])
-    noisier = net(flow_data.draw(1000, 2)[0] + 0.05 * torch.randn(1000, 1, 16, 16, generator=seeded()))
+    noisier = net(flow_data.draw(1000, 2)[0] + 0.05 * torch.randn(1000, 1, 8, 8, generator=seeded()))
     assert frechet_distance(reference, noisier) > 1.5 * frechet_distance(reference, floor)
     assert sum(f.stat().st_size for f in flow_data.FLOW.rglob("*") if f.is_file()) <= 4e6
 
@@ -474,10 +529,10 @@ def test_training_script(tmp_path):
     """A few updates: what it writes is what the scripts load, and another seed gives another flow."""
     from shapes import train_flow
 
-    short = {"device": "cpu", "pictures": 100, "updates": 2, "batch": 4, "feature_updates": 2, "widths": (4, 8)}
+    short = {"device": "cpu", "pictures": 100, "updates": 2, "batch": 4, "feature_updates": 2, "network": "token:8,8"}
     train_flow.main(train_flow.Args(out=tmp_path / "flow", **short))
     train_flow.main(train_flow.Args(out=tmp_path / "other", seed=1, features=False, **short))
-    assert common.check_flow(str(tmp_path / "flow")) == (1, 16, 16)
+    assert common.check_flow(str(tmp_path / "flow")) == (1, 8, 8)
     first, other = (Flow.load(tmp_path / name, "cpu") for name in ("flow", "other"))
     assert common.model_hash(first.network) != common.model_hash(other.network)
     assert (
@@ -485,7 +540,7 @@ def test_training_script(tmp_path):
     )
     features = flow_data.FeatureNet.load(tmp_path / "flow" / "features.safetensors")(flow_data.draw(2000, 1)[0])
     assert torch.allclose(features.std(0), torch.ones(64), atol=0.6)
-    with pytest.raises(SystemExit, match="unet exists"):
+    with pytest.raises(SystemExit, match="scheduler exists"):
         train_flow.main(train_flow.Args(out=tmp_path / "flow", **short))
 
 
@@ -626,7 +681,9 @@ def test_load_pictures(data):
 def arguments(tiny_flow, data):
     """The shortest run that does everything; later arguments replace earlier ones."""
     sizes = "--steps 3 --pictures 40 --sample_batch 16 --eval_pictures 20 --updates 5 --batch 8 --checkpoint_every 2"
-    more = "--corrector_widths 4 --corrector_steps 2 --eval_corrector_steps 3 --eval_powers 0.7 --features pixels --lr 0.01"
+    more = (
+        "--corrector_network unet:4 --corrector_steps 2 --eval_corrector_steps 3 --eval_powers 0.7 --features pixels --lr 0.01"
+    )
     return f"--model {tiny_flow} --data {data} --device cpu {sizes} {more}".split()
 
 
@@ -678,7 +735,7 @@ def test_results(finished, tiny_flow, data):
     eps = torch.stack([torch.randn(1, 8, 8, generator=seeded(derived_seed("eval", i))) for i in range(20)])
     gaussian = (mean + eps.flatten(1) @ root).view_as(eps)
     call = common.count_flops(lambda: flow.velocity(eps[:1], sigmas[:1]))
-    correction = common.count_flops(lambda: corrector.network(eps[:1], 0.0))
+    correction = common.count_flops(lambda: corrector.velocity(eps[:1], torch.zeros(1)))
     matched = math.ceil((3 * call + 2 * correction) / call)
     assert results["matched_steps"] == matched
     expected = [("base", eps, k, 1.0, k * call) for k in sorted({3, matched, 6, 12})]
@@ -686,6 +743,16 @@ def test_results(finished, tiny_flow, data):
     expected += [("base trained on", None, k, 1.0, k * call) for k in sorted({3, matched})]
     expected += [("scale only", results["scale"] * eps, 3, 1.0, 3 * call)]
     expected += [("gaussian", gaussian, 3, 1.0, 3 * call + 2 * 64 * 64)]
+    matched_norms = inc.match_norms(
+        eps,
+        Corrector(None, {}, dict(zip(("mean", "root", "inverse"), inc.gaussian_of(learnt_from))))
+        .standardise(learnt_from)
+        .flatten(1)
+        .norm(dim=1),
+    )
+    expected += [
+        ("gaussian, norms matched", (mean + matched_norms.flatten(1) @ root).view_as(eps), 3, 1.0, 3 * call + 2 * 64 * 64)
+    ]
     expected += [("corrector", corrector(eps), 3, 1.0, 3 * call + 2 * correction)]
     expected += [("corrector, M = 3", corrector(eps, 3), 3, 1.0, 3 * call + 3 * correction)]
     measure = frechet_features("pixels", "cpu", 7)
@@ -703,7 +770,7 @@ def test_results(finished, tiny_flow, data):
     assert results["corrector"]["flops"] == 2 * correction
     assert results["training_flops"]["inversion"] == found.calls * call
     corrector.network.requires_grad_(True)
-    one = common.count_flops(lambda: corrector.network(torch.zeros(8, 1, 8, 8), 0.0).sample.sum().backward())
+    one = common.count_flops(lambda: corrector.velocity(torch.zeros(8, 1, 8, 8), torch.zeros(8)).sum().backward())
     assert results["training_flops"]["corrector"] == 5 * one
     flow.network.requires_grad_(True)
     one = common.count_flops(lambda: flow.network(torch.zeros(8, 1, 8, 8), 0.0).sample.sum().backward())
@@ -780,7 +847,7 @@ def test_killed_and_resumed(arguments, uninterrupted, tmp_path, killers):
 
 def test_train_base_killed_and_resumed(arguments, tmp_path):
     """A base trained in the run, RGB: interrupted or not the same, loadable, and the corrector belongs to it."""
-    flags = "--train_base --size 8 --channels 3 --base_widths 4,4 --base_updates 5 --no-longer --steps 20 --data_noise 0.5 --eval_steps 20 --eval_powers= --max_failed 0.5"
+    flags = "--train_base --size 8 --channels 3 --base_network unet:4,4 --base_updates 5 --no-longer --steps 20 --data_noise 0.5 --eval_steps 20 --eval_powers= --max_failed 0.5"
     argv = [*arguments, *flags.split(), "--output", "run"]
     cwds = [tmp_path / name for name in ("whole", "killed")]
     for cwd in cwds:
@@ -799,7 +866,7 @@ def test_train_base_killed_and_resumed(arguments, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--normalise gaussian --times middle", "--grid_power 1.5 --data_noise 0.1 --no-longer --seed 3"]
+    "flags", ["--normalise gaussian --corrector_network token:8,8", "--grid_power 1.5 --data_noise 0.1 --no-longer --seed 3"]
 )
 def test_other_ways_to_run(arguments, finished, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
@@ -867,7 +934,6 @@ CASES = {  # arguments -> what the message must contain; @ is the folder of FILE
     "--features shapes": "--features shapes",
     "--features inception": "torch-fidelity",
     "--normalise no": "--normalise",
-    "--times right": "--times",
     "--steps 1": "--steps",
     "--steps 1001": "--steps",
     "--grid_power 0": "--grid_power",
@@ -892,10 +958,12 @@ CASES = {  # arguments -> what the message must contain; @ is the folder of FILE
     "--eval_powers 0": "--eval_powers",
     "--eval_corrector_steps 0": "--eval_corrector_steps",
     "--corrector_steps 0": "--corrector_steps",
-    "--corrector_widths 5": "--corrector_widths",
-    "--corrector_widths=": "--corrector_widths",
-    "--corrector_widths 4,4,4,4,4": "5 levels",
-    "--train_base --base_widths 3": "--base_widths",
+    "--corrector_network 8,8": "--corrector_network",
+    "--corrector_network unet:5": "--corrector_network",
+    "--corrector_network unet:": "--corrector_network",
+    "--corrector_network unet:4,4,4,4,4": "5 levels",
+    "--corrector_network token:8,4": "one width",
+    "--train_base --base_network unet:3": "--base_network",
     "--train_base --channels 2": "--channels",
     "--seed -1": "--seed",
     "--updatez 3": "--updatez",

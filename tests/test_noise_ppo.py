@@ -46,7 +46,7 @@ def arguments(tiny_v, prompt_files):
     """The shortest run that does everything; later arguments replace earlier ones."""
     files = f"--prompts {prompt_files.train} --eval_prompts {prompt_files.held_out} --model {tiny_v} --device cpu"
     rewards = "--reward jpeg_compressibility --eval_rewards shapes_graded --guidance 1 --clip 1e-3 --sample_batch 64"
-    sizes = "--iterations 3 --prompts_per_iteration 3 --samples 4 --minibatch 6 --eval_samples 2 --eval_every 2"
+    sizes = "--iterations 3 --prompts_per_iteration 3 --samples 4 --minibatch 6 --eval_samples 2 --eval_every 2 --no-mean_only"
     return f"{files} {rewards} {sizes} --steps 4 --eval_steps 4,5".split()
 
 
