@@ -9,10 +9,10 @@ Equations (1) T:     x_{k+1} = x_k + (sigma_{k+1} - sigma_k) v(x_k, sigma_k),  k
               exact u is 0 if Q is Gaussian, so that a network which starts at 0 starts as the Gaussian control
 Sampling  eps -> M Euler steps of u -> w -> z -> T -> picture: T of Q is the law of the pictures, whatever v and N are.
 Choices that the paper leaves open: the interpolant (3); z is standardised by its mean and covariance, or by its deviation alone where
-there are too few pictures for a covariance (--normalise); u = a + b y with a and b from the network, which is also told |y|: its
-normalisation layers would hide it, and inverted noises differ from a Gaussian in their norm first of all; equation (2) is solved with
-Anderson acceleration, without which a fifth of the embedded pictures does not converge; the averaged weights with the best held-out
-loss are kept.
+there are too few pictures for a covariance (--normalise); u = a + b y with a and b from the network, which is also told |y|, because its
+normalisation layers would hide it and inverted noises differ from a Gaussian in their norm first of all; equation (2) is solved with
+Anderson acceleration (a fifth fewer calls, and it converges where the plain iteration does not); the averaged weights with the best
+held-out loss are kept.
 """
 
 import copy
@@ -79,7 +79,7 @@ class Args:
         ""  # gaussian or scale; left out: gaussian if there are ten noises for each number in a picture, else scale
     )
     held_out: float = 0.1  # share of the inverted noises that choose the weights and are not trained on
-    updates: int = 3000  # optimiser updates of the corrector
+    updates: int = 4000  # optimiser updates of the corrector
     batch: int = 256  # pictures per update, also of the base
     lr: float = 1e-3  # AdamW learning rate of the corrector, warm-up, then cosine to 0
     checkpoint_every: int = 250  # updates between two checkpoints

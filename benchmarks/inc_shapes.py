@@ -2,7 +2,7 @@
 
 Run: python benchmarks/inc_shapes.py            (everything that benchmarks/results/inc lacks, then the tables)
      python benchmarks/inc_shapes.py --tables   (only the tables, from the stored results)
-     python benchmarks/inc_shapes.py --arms default gaussian_start --seeds 0 1 2
+     python benchmarks/inc_shapes.py --arms default as_large --seeds 0 1 2
 Every seed has a base of its own, seed 0 the embedded one, the others trained first into runs/inc_bases/<seed>: the standard errors are
 over bases, and all rows of one seed share base, pictures and evaluation noises, so that differences are paired.
 """
@@ -24,17 +24,13 @@ from graft_shapes import ROOT, mean_and_se
 RESULTS = ROOT / "benchmarks" / "results" / "inc"
 BASES = Path("runs") / "inc_bases"  # relative to ROOT, so that the stored commands hold no local path
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-SHORT = ["--no-longer", "--eval_powers="]
+SHORT = ["--no-longer", "--eval_powers=", "--eval_steps=6"]
 ARMS = {
     "default": [],
-    "gaussian_start": ["--normalise", "gaussian", *SHORT],
-    "middle": ["--times", "middle", *SHORT],
-    "three_times": ["--pictures", "9000", "--updates", "6000", *SHORT],
-    "wide": ["--corrector_widths", "24,48,48", "--corrector_steps", "2", *SHORT],
-    "steps_6": ["--steps", "6", *SHORT],
-    "steps_16": ["--steps", "16", *SHORT],
-    "steps_64": ["--steps", "64", "--pictures", "2000", "--eval_steps", "64,65,128", *SHORT],
-    "power": ["--grid_power", "1.4", *SHORT],
+    "steps_64": ["--steps", "64", "--pictures", "6000", "--no-longer", "--eval_powers=", "--eval_steps", "64,65,128"],
+    "scale_start": ["--normalise", "scale", *SHORT],
+    "as_large": ["--corrector_network", "token:128,128,128", *SHORT],
+    "three_times": ["--pictures", "60000", "--updates", "12000", *SHORT],
 }
 
 

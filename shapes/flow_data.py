@@ -1,9 +1,8 @@
 """The world of the unconditional flow model, and the network whose features the Frechet distance compares.
 
 A picture is 8 x 8, grey, values about [-1, 1]: a circle, square or triangle of any place, size and grey on a darker flat ground.
-Every pixel carries noise: strong inside the shape (standard deviation 0.4), weak on the ground (0.1). A sampler with few steps
-contracts weakly noisy pixels more than strongly noisy ones, so its inverse has a larger noise where the ground is: a scale mixture,
-whose pattern is the shape's place. No Gaussian has such a law.
+Every pixel carries noise: strong inside the shape (standard deviation 0.4), weak on the ground (0.1). A sampler with few steps weakens
+weak noise more than strong noise, so its inverse needs more noise where the ground is; how much depends on the picture.
 """
 
 from pathlib import Path
