@@ -99,6 +99,8 @@ class Args:
     gradient_checkpointing: bool = False  # less memory, about a third slower
     optimizer_8bit: bool = False  # AdamW of the package bitsandbytes, with its state in 8 bits
     save_accepted: bool = False  # write accepted pictures to <run>/accepted with metadata.jsonl (imagefolder)
+    sample_only: bool = False  # stop after the first round's accepted pictures are written: another trainer goes on
+    shard: str = ""  # with --sample_only: i/n, only every n-th prompt of the round from the i-th on; together n runs are one
 
 
 # ================================================================ equations: tensors in, tensors out
@@ -317,6 +319,11 @@ def prepare(args):
     if args.rule == "preference" and args.samples % 2:
         raise InputError(f"--samples {args.samples}: must be even for --rule preference")
 
+    if args.shard and not (args.sample_only and shard_of(args.shard)):
+        raise InputError(f"--shard {args.shard}: give --sample_only and i/n with i from 1 to n, as in 2/4")
+    if args.sample_only:
+        args.rounds, args.save_accepted = 1, True
+
     prompts = common.read_prompts(args.prompts, "--prompts")
     if args.eval_prompts or args.prompts == Args.prompts:
         held_out = common.read_prompts(args.eval_prompts or str(ROOT / "shapes" / "prompts_eval.txt"), "--eval_prompts")
@@ -332,6 +339,13 @@ def prepare(args):
     for reward in rewards:
         reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
     return prompts, held_out, rewards
+
+
+def shard_of(text):
+    """The prompts of shard "i/n" of a round as a slice, of "" all; None for anything else."""
+    i, slash, n = (text or "1/1").partition("/")
+    if slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n):
+        return slice(int(i) - 1, None, int(n))
 
 
 def schedule_prompts(count, args):
@@ -372,7 +386,9 @@ def main(args, folder_known):
         model.denoiser.enable_gradient_checkpointing()
     optimizer = common.make_adamw(parameters, args.lr, args.optimizer_8bit)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    schedule = schedule_prompts(len(prompts), args)
+    schedule, shard = schedule_prompts(len(prompts), args), shard_of(args.shard)
+    if not schedule[0][shard]:
+        raise InputError(f"--shard {args.shard}: a round has only {len(schedule[0])} prompts; take fewer shards")
     folder = common.make_run_folder(args, "graft", args.model, args.seed)
     folder_known(folder)
     print(describe(args, model, parameters, len(schedule[0]), held_out, folder), flush=True)
@@ -396,17 +412,18 @@ def main(args, folder_known):
         common.save_checkpoint(folder, state)
 
     # ------------------------------------------------------------ BASELINE
-    with model.lora_off():
-        base, base_pictures = evaluate(model, rewards, held_out, args, "evaluate base")
-    print(f"  base       {args.reward} {base[args.reward].mean():.3f} on the held-out prompts", flush=True)
+    if not args.sample_only:
+        with model.lora_off():
+            base, base_pictures = evaluate(model, rewards, held_out, args, "evaluate base")
+        print(f"  base       {args.reward} {base[args.reward].mean():.3f} on the held-out prompts", flush=True)
 
     for r in range(state["round"], args.rounds):
-        speed = ""
+        speed, mine = "", torch.arange(len(schedule[r]))[shard]  # without --shard all
         if len(state["accepted"]) == r:  # not so if the run was stopped after it had accepted
             # ---------------------------------------------------- SAMPLE, SCORE
             start = time.perf_counter()
-            chosen = torch.tensor(schedule[r]).repeat_interleave(args.samples)  # (prompts x samples,)
-            seeds = [derived_seed(args.seed, r, i, j) for i in schedule[r] for j in range(args.samples)]
+            chosen = torch.tensor(schedule[r])[mine].repeat_interleave(args.samples)  # (prompts x samples,)
+            seeds = [derived_seed(args.seed, r, i, j) for i in schedule[r][shard] for j in range(args.samples)]
             asked = [prompts[i] for i in chosen]
             with model.lora_off() if args.reference == "base" else model.lora_merged():
                 latents, scores, pictures = sample_and_score(model, rewards[:1], asked, seeds, args, f"sample {r + 1}")
@@ -417,8 +434,10 @@ def main(args, folder_known):
             # ---------------------------------------------------- ACCEPT
             options = {"top_k": args.top_k, "threshold": args.threshold, "beta": args.beta}
             generator = torch.Generator().manual_seed(derived_seed(args.seed, "accept", r))
-            keys = average_hash(pictures).view(-1, args.samples) if args.dedup else None
-            mask = accept(table, args.rule, **options, reward_max=args.reward_max, keys=keys, generator=generator)
+            whole = torch.zeros(len(schedule[r]), args.samples)  # rows of other shards only hold the places of their draws
+            keys = whole.long().index_copy(0, mine, average_hash(pictures).view(-1, args.samples)) if args.dedup else None
+            whole = whole.index_copy(0, mine, table)
+            mask = accept(whole, args.rule, **options, reward_max=args.reward_max, keys=keys, generator=generator)[mine]
             groups = table.view(len(table), -1, 2 if args.rule == "preference" else args.samples)  # what a rule ranks
             flat = (groups.amax(2) == groups.amin(2)) & (args.rule in ("topk", "preference"))  # no reward differs
             if not args.accept_flat:
@@ -427,7 +446,8 @@ def main(args, folder_known):
             if len(index) == 0:
                 share = f"{flat.double().mean():.0%} of the groups had equal rewards, the best reward was {reward.max():.4g}"
                 raise InputError(f"--rule {args.rule} accepted nothing: {share}; raise --samples or take another reward")
-            state["accepted"].append({"latents": latents[index], "prompt": chosen[index], "reward": reward[index]})
+            accepted = {"latents": latents[index], "prompt": chosen[index], "sample": index % args.samples}
+            state["accepted"].append(accepted | {"reward": reward[index]})
             spread = [diversity(pictures[i : i + args.samples]) for i in range(0, len(pictures), args.samples)]
             row = {"round": r + 1, "reward_sampled": reward.mean().item(), "reward_accepted": reward[index].mean().item()}
             row |= {"acceptance_rate": len(index) / len(reward), "flat_groups": flat.double().mean().item()}
@@ -437,6 +457,12 @@ def main(args, folder_known):
             if args.save_accepted:
                 save_accepted(folder / "accepted", model, state["accepted"], prompts, args)
             checkpoint()
+        if args.sample_only:
+            writer.close()
+            print(
+                f"  accepted   {len(state['accepted'][0]['reward'])} of {args.samples} x {len(mine)} pictures -> {folder / 'accepted'}"
+            )
+            return
 
         # -------------------------------------------------------- UPDATE
         kept = state["accepted"] if args.accumulate else state["accepted"][-1:]
@@ -510,8 +536,9 @@ def save_accepted(folder, model, rounds, prompts, args):
     folder.mkdir(exist_ok=True)
     rows = []
     for r, accepted in enumerate(rounds):
-        for j, (prompt, reward) in enumerate(zip(accepted["prompt"].tolist(), accepted["reward"].tolist())):
-            rows.append({"file_name": f"round{r + 1:03d}_{j:06d}.png", "text": prompts[prompt], "reward": reward})
+        for prompt, sample, reward in zip(*(accepted[name].tolist() for name in ("prompt", "sample", "reward"))):
+            name = f"round{r + 1:03d}_{prompt:06d}_{sample:03d}.png"
+            rows.append({"file_name": name, "text": prompts[prompt], "reward": reward})
     latents, new = rounds[-1]["latents"], rows[-len(rounds[-1]["latents"]) :]
     for i in range(0, len(new), args.sample_batch):
         for row, image in zip(new[i:], model.decode(latents[i : i + args.sample_batch])):

@@ -71,8 +71,10 @@ def tables(arms: list[str]) -> None:
     stored = {arm: records for arm, records in stored.items() if records}
     if not stored:
         return
-    first = next(iter(stored.values()))
-    steps = [row["steps"] for row in first[0]["by_steps"]]
+    everything = [record for records in stored.values() for record in records]
+    controls = [record for record in everything if "one_for_all" in record["by_steps"][0]]  # evaluated unless --no-controls
+    widest = max(everything, key=lambda record: len(record["by_steps"][0]) * len(record["by_steps"]))
+    steps = [row["steps"] for row in widest["by_steps"]]
 
     def by_steps(records, value):
         """One cell for each of `steps`; empty where the run was not evaluated."""
@@ -85,9 +87,9 @@ def tables(arms: list[str]) -> None:
         for name, cells in lines.items():
             print(f"| {name} | " + " | ".join(cells) + " |")
 
-    same = [name for name in first[0]["by_steps"][0] if name in ("standard", "temperature") or name.startswith("best_of")]
-    lines = {name: by_steps(first[:1], lambda row, name=name: row[name]) for name in same}  # training has no part in these
-    lines["one for all (mean of the conditional policies)"] = by_steps(first, lambda row: row.get("one_for_all"))
+    same = [name for name in widest["by_steps"][0] if name in ("standard", "temperature") or name.startswith("best_of")]
+    lines = {name: by_steps([widest], lambda row, name=name: row[name]) for name in same}  # training has no part in these
+    lines["one for all (mean of a policy over prompts)"] = by_steps(controls, lambda row: row["one_for_all"])
     lines |= {f"{arm} ({len(records)})": by_steps(records, lambda row: row["learnt"]) for arm, records in stored.items()}
     table("held-out reward at steps", lines)
     table("gain at steps", {arm: by_steps(r, lambda row: row["gain"]) for arm, r in stored.items()})

@@ -26,7 +26,7 @@ from conftest import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import LORA_FILE
+from common import LORA_FILE, Model
 
 ALL = ["--lora_targets", "all", "--save_accepted"]
 
@@ -109,6 +109,65 @@ def test_accepted_pictures(finished, prompt_files):
         assert line["text"] in prompts
         image = Image.open(folder / "accepted" / line["file_name"])
         assert line["reward"] == pytest.approx(jpeg_compressibility([image], [""]).item(), abs=2e-3)
+
+
+def accepted_set(folder):
+    """{file name: (line of metadata.jsonl, pixels)}"""
+    lines = [json.loads(line) for line in (folder / "accepted" / "metadata.jsonl").read_text().splitlines()]
+    assert {line["file_name"] for line in lines} == {p.name for p in (folder / "accepted").glob("*.png")}
+    return {
+        line["file_name"]: (line, np.asarray(Image.open(folder / "accepted" / line["file_name"]), float)) for line in lines
+    }
+
+
+@pytest.mark.parametrize("rule", ["--rule topk --dedup", "--rule exponential --beta 0.2", "--rule preference"])
+def test_shards_together_accept_what_one_run_accepts(tiny_arguments, tmp_path, monkeypatch, rule):
+    monkeypatch.chdir(tmp_path)
+    argv = [
+        *tiny_arguments,
+        *f"--sample_only {rule} --reward shapes_graded --accept_flat --samples 4 --sample_batch 3".split(),
+    ]
+    for name, more in (("whole", []), ("one", ["--shard", "1/2"]), ("two", ["--shard", "2/2"])):
+        code, out, error = run_inside([*argv, *more, "--output", name])
+        assert code == 0 and "accepted" in out, error
+        assert {p.name for p in (tmp_path / name).iterdir()} == {"args.json", "checkpoint.pt", "accepted", "tensorboard"}
+    whole, one, two = (accepted_set(tmp_path / name) for name in ("whole", "one", "two"))
+    assert one and two and not set(one) & set(two) and set(one) | set(two) == set(whole)
+    for name, (line, pixels) in (one | two).items():
+        assert line == whole[name][0] and np.abs(pixels - whole[name][1]).max() <= 1
+    code, out, error = run_inside(["--resume", "two"])
+    assert code == 0 and accepted_set(tmp_path / "two").keys() == two.keys(), error
+
+
+def test_imagefolder_is_read_by_datasets(finished):
+    datasets = pytest.importorskip("datasets")
+    folder, _ = finished
+    accepted = accepted_set(folder)
+    loaded = datasets.load_dataset(
+        "imagefolder", data_dir=str(folder / "accepted"), split="train", cache_dir=str(folder.parent / "cache")
+    )
+    assert len(loaded) == len(accepted) and set(loaded.column_names) == {"image", "text", "reward"}
+    assert sorted(loaded["text"]) == sorted(line["text"] for line, _ in accepted.values())
+
+
+def test_lora_of_the_diffusers_trainer_is_loaded(tiny_v, tmp_path):
+    """What examples/text_to_image/train_text_to_image_lora.py of diffusers makes, with its LoraConfig and its way of saving."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    trained, ours = (Model(tiny_v, "cpu", torch.float32) for _ in range(2))
+    layers = ["to_k", "to_q", "to_v", "to_out.0"]
+    trained.denoiser.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=layers))
+    for parameter in trained.lora().values():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(trained.denoiser))
+    StableDiffusionPipeline.save_lora_weights(save_directory=tmp_path, unet_lora_layers=state, safe_serialization=True)
+    ours.load_lora(str(tmp_path))
+    assert trained.lora().keys() == ours.lora().keys() and len(ours.lora()) > 8
+    for name, parameter in trained.lora().items():
+        assert torch.equal(ours.lora()[name], parameter)
 
 
 # ---------------------------------------------------------------- killed and resumed
