@@ -721,8 +721,9 @@ def save_plots(folder, results, laws):
 
 
 def save_pictures(path, data, rows, laws):
-    """A row of pictures of the data and of every row of the table with the same eps; at the end inverted and corrected noises."""
-    shown = {"data": data} | {f"{row['arm']}, {row['steps']} steps": row["pictures"] for row in rows}
+    """A row of pictures of the data and of the table's main rows with the same eps; at the end inverted and corrected noises."""
+    kept = [row for row in rows if "," not in row["arm"] and row["arm"] != "base trained on"]
+    shown = {"data": data} | {f"{row['arm']}, {row['steps']} steps": row["pictures"] for row in kept}
     shown |= {f"noise: {name}": laws[name] / 3 for name in laws}
     figure = Figure(figsize=(1.2 * SHOWN, 1.4 * len(shown)))
     for axis, (name, pictures) in zip(figure.subplots(len(shown), 1), shown.items()):
