@@ -379,6 +379,9 @@ def describe(args, model, parameters, per_round, held_out, folder):
 
 def main(args, folder_known):
     prompts, held_out, rewards = prepare(args)
+    schedule, shard = schedule_prompts(len(prompts), args), shard_of(args.shard)
+    if not schedule[0][shard]:
+        raise InputError(f"--shard {args.shard}: a round has only {len(schedule[0])} prompts; take fewer shards")
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
     model.timesteps(args.steps)
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
@@ -386,9 +389,6 @@ def main(args, folder_known):
         model.denoiser.enable_gradient_checkpointing()
     optimizer = common.make_adamw(parameters, args.lr, args.optimizer_8bit)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    schedule, shard = schedule_prompts(len(prompts), args), shard_of(args.shard)
-    if not schedule[0][shard]:
-        raise InputError(f"--shard {args.shard}: a round has only {len(schedule[0])} prompts; take fewer shards")
     folder = common.make_run_folder(args, "graft", args.model, args.seed)
     folder_known(folder)
     print(describe(args, model, parameters, len(schedule[0]), held_out, folder), flush=True)

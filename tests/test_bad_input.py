@@ -128,6 +128,10 @@ CASES = {
     "--rounds three": "--rounds",
     "--lr much": "--lr",
     "--rounds": "--rounds",
+    "--shard 1/2": "--shard",
+    "--sample_only --shard 3/2": "--s",
+    "--sample_only --shard one": "--s",
+    "--sample_only --shard 1000/1000": "--s",
 }
 RESUMED = {
     "--resume @/missing": "missing",
