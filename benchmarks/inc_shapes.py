@@ -30,6 +30,7 @@ ARMS = {
     "steps_64": ["--steps", "64", "--pictures", "6000", "--no-longer", "--eval_powers=", "--eval_steps", "64,65,128"],
     "scale_start": ["--normalise", "scale", *SHORT],
     "as_large": ["--corrector_network", "token:128,128,128", *SHORT],
+    "plain_iteration": ["--memory", "0", "--updates", "1", *SHORT],
     "three_times": ["--pictures", "60000", "--updates", "12000", *SHORT],
 }
 
