@@ -75,9 +75,7 @@ class Args:
 
     corrector_network: str = "token:64,64"  # see common.new_network; for pictures above 8 x 8 such as "unet:16,32,32"
     corrector_steps: int = 4  # M, Euler steps of the corrector
-    normalise: str = (
-        ""  # gaussian or scale; left out: gaussian if there are ten noises for each number in a picture, else scale
-    )
+    normalise: str = ""  # gaussian or scale; left out: gaussian if there are ten noises for each number of a picture
     held_out: float = 0.1  # share of the inverted noises that choose the weights and are not trained on
     updates: int = 4000  # optimiser updates of the corrector
     batch: int = 256  # pictures per update, also of the base

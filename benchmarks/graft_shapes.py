@@ -77,6 +77,32 @@ def run(results: Path, arm: str, command: list[str], seed: int, switches: list[s
     )
 
 
+def store(results: Path, arm: str, seed: int, command: list[str], pictures: tuple[str, ...], rows_of: str) -> dict | None:
+    """One run of a script -> results/<arm>__<seed>.json with its command, results.json and, as rows_of, metrics.csv; of seed 0 the
+    pictures too. None if it is there already or the run failed."""
+    target = results / f"{arm}__{seed}.json"
+    if target.exists():
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        output = f"{folder}/run"
+        pipes = {"capture_output": True, "text": True, "start_new_session": True}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *command, "--output", output], cwd=ROOT, env=environment, **pipes)
+        if done.returncode:
+            print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+            return None
+        found = json.loads(Path(output, "results.json").read_text())
+        with open(Path(output, "metrics.csv"), newline="") as file:
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        if seed == 0:
+            for name in pictures:
+                (results / f"{arm}__{name}").write_bytes(Path(output, name).read_bytes())
+    hardware = f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time on two cores"
+    record = {"command": " ".join(["python", *command]), "seed": seed, "hardware": hardware, **found, rows_of: rows}
+    target.write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
 def load(results: Path, arm: str) -> list[dict]:
     """The stored records of an arm, by seed."""
     return [json.loads(f.read_text()) for f in sorted(results.glob(f"{arm}__[0-9]*.json"))]

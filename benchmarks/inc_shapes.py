@@ -8,18 +8,15 @@ over bases, and all rows of one seed share base, pictures and evaluation noises,
 """
 
 import argparse
-import csv
 import json
 import os
-import platform
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from graft_shapes import ROOT, mean_and_se
+from graft_shapes import ROOT, mean_and_se, store
 
 RESULTS = ROOT / "benchmarks" / "results" / "inc"
 BASES = Path("runs") / "inc_bases"  # relative to ROOT, so that the stored commands hold no local path
@@ -49,26 +46,10 @@ def train_base(seed: int) -> None:
 
 def run(arm: str, seed: int) -> None:
     """One run -> RESULTS/<arm>__<seed>.json with its command, results and rows."""
-    target = RESULTS / f"{arm}__{seed}.json"
-    if target.exists():
+    command = ["inverse_noise_correction.py", "--seed", str(seed), "--model", base_of(seed), *ARMS[arm]]
+    record = store(RESULTS, arm, seed, command, ("curve.png", "grid.png", "noise.png"), "updates")
+    if record is None:
         return
-    command = ["python", "inverse_noise_correction.py", "--seed", str(seed), "--model", base_of(seed), *ARMS[arm]]
-    with tempfile.TemporaryDirectory() as folder:
-        output = f"{folder}/run"
-        pipes = {"capture_output": True, "text": True, "start_new_session": True}
-        done = subprocess.run([sys.executable, *command[1:], "--output", output], cwd=ROOT, env=ENVIRONMENT, **pipes)
-        if done.returncode:
-            print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
-            return
-        results = json.loads(Path(output, "results.json").read_text())
-        with open(Path(output, "metrics.csv"), newline="") as file:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        if seed == 0:
-            for name in ("curve.png", "grid.png", "noise.png"):
-                (RESULTS / f"{arm}__{name}").write_bytes(Path(output, name).read_bytes())
-    hardware = f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time on two cores"
-    record = {"command": " ".join(command), "seed": seed, "hardware": hardware, **results, "updates": rows}
-    target.write_text(json.dumps(record, indent=1) + "\n")
     found = values_of(record)
     shown = {name: value for name, value in found.items() if not name.startswith("base,")}
     print(f"{arm} {seed}: " + ", ".join(f"{name} {fd:.3f}" for name, fd in shown.items()), flush=True)

@@ -7,18 +7,11 @@ Arms "valid_..." hold out benchmarks/prompts_valid.txt, a part of the training p
 """
 
 import argparse
-import csv
 import json
-import os
-import platform
-import subprocess
-import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
-from graft_shapes import ROOT, VALID, mean_and_se
+from graft_shapes import ROOT, VALID, mean_and_se, store
 
 RESULTS = ROOT / "benchmarks" / "results" / "noise_ppo"
 SHORT = ["--eval_steps", "4,40", "--no-controls"]
@@ -40,29 +33,12 @@ TRAINING = "clip_fraction approximate_kl explained_variance kl_per_dimension mea
 
 def run(arm: str, seed: int) -> None:
     """One training run -> RESULTS/<arm>__<seed>.json with its command, tables and rows."""
-    target = RESULTS / f"{arm}__{seed}.json"
-    if target.exists():
+    command = ["noise_ppo.py", "--seed", str(seed), *ARMS[arm]]
+    record = store(RESULTS, arm, seed, command, ("grid.png", "curves.png", "gain.png"), "iterations")
+    if record is None:
         return
-    command = ["python", "noise_ppo.py", "--seed", str(seed), *ARMS[arm]]
-    with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        output = f"{folder}/run"
-        pipes = {"capture_output": True, "text": True, "start_new_session": True}
-        done = subprocess.run([sys.executable, *command[1:], "--output", output], cwd=ROOT, env=environment, **pipes)
-        if done.returncode:
-            print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
-            return
-        results = json.loads(Path(output, "results.json").read_text())
-        with open(Path(output, "metrics.csv"), newline="") as file:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        if seed == 0:
-            for name in ("grid.png", "curves.png", "gain.png"):
-                (RESULTS / f"{arm}__{name}").write_bytes(Path(output, name).read_bytes())
-    hardware = f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time on two cores"
-    record = {"command": " ".join(command), "seed": seed, "hardware": hardware, **results, "iterations": rows}
-    target.write_text(json.dumps(record, indent=1) + "\n")
-    gains = ", ".join(f"{row['steps']}: {row['gain']:+.3f}" for row in results["by_steps"])
-    print(f"{arm} {seed}: gain at steps {gains}; {results['seconds']:.0f} s", flush=True)
+    gains = ", ".join(f"{row['steps']}: {row['gain']:+.3f}" for row in record["by_steps"])
+    print(f"{arm} {seed}: gain at steps {gains}; {record['seconds']:.0f} s", flush=True)
 
 
 def tables(arms: list[str]) -> None:
