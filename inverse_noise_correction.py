@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import common
 from common import ROOT, Flow, InputError, count_flops, derived_seed
-from rewards import frechet_distance, frechet_features
+from rewards import frechet_distance, frechet_features, save_figure, write_csv
 from shapes import flow_data
 
 AT_LEAST_ONE = "steps max_iterations sample_batch corrector_steps batch checkpoint_every size channels base_updates".split()
@@ -624,7 +624,7 @@ def main(args, folder_known):
 
     def log():
         rows = [row | {"identity": state["corrector"]["rows"][0]["held_out"]} for row in state["corrector"]["rows"]]
-        common.write_csv(folder / "metrics.csv", rows)
+        write_csv(folder / "metrics.csv", rows)
         for name, value in rows[-1].items():
             writer.add_scalar(name, value, rows[-1]["update"])
         writer.flush()
@@ -700,7 +700,7 @@ def save_plots(folder, results, laws):
     axis.axhline(results["floor"], color="grey", linewidth=0.8, linestyle=":", label="data against data")
     axis.set(xscale="log", yscale="log", xlabel="MFLOP per picture", ylabel="Frechet distance")
     axis.legend(fontsize=7)
-    common.save_figure(figure, folder / "curve.png")
+    save_figure(figure, folder / "curve.png")
     figure = Figure(figsize=(14, 3), layout="constrained")
     norms, values, lags, where = figure.subplots(1, 4)
     for name, z in laws.items():
@@ -715,7 +715,7 @@ def save_plots(folder, results, laws):
     figure.colorbar(
         where.imshow(laws["inverted"].std(0).mean(0).numpy()), ax=where, label="deviation of inverted noise by pixel"
     )
-    common.save_figure(figure, folder / "noise.png")
+    save_figure(figure, folder / "noise.png")
 
 
 def save_pictures(path, data, rows, laws):
@@ -729,7 +729,7 @@ def save_pictures(path, data, rows, laws):
         axis.imshow(((strip + 1) / 2).permute(1, 2, 0).expand(-1, -1, 3).numpy())
         axis.set_title(name, fontsize=8, loc="left")
         axis.set_axis_off()
-    common.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def show(args, folder, flow, settings, results):
@@ -763,8 +763,4 @@ Image.fromarray(pixels.squeeze(2).numpy()).save("corrected.png")""")
 
 
 if __name__ == "__main__":
-    known = []
-    with common.exit_on_error(
-        lambda: f"Continue with: python inverse_noise_correction.py --resume {known[0]}" if known else "Nothing was written."
-    ):
-        main(common.parse_arguments(Args), known.append)
+    common.run_script(main, Args)

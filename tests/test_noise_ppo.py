@@ -37,7 +37,7 @@ import common
 import noise_ppo
 from common import Model, derived_seed
 from noise_ppo import NoisePolicy, advantages, kl_to_standard_normal, log_prob, ppo_loss
-from rewards import Reward, diversity
+from rewards import Reward, diversity, read_prompts
 
 SCRIPT = "noise_ppo.py"
 CALLBACK = ", callback_on_step_end=base_from_the_switch_on"
@@ -404,12 +404,12 @@ def test_run_shows_the_stock_pipelines_pictures(arguments, tiny_epsilon, prompt_
     """With trailing steps, though the model comes with PNDM and leading ones; two rows, standard noise."""
     monkeypatch.chdir(tmp_path)
     grids = []
-    monkeypatch.setattr(common, "save_grid", lambda path, standard, learnt, *rest: grids.append((standard, learnt)))
+    monkeypatch.setattr("rewards.save_grid", lambda path, standard, learnt, *rest: grids.append((standard, learnt)))
     argv = [*arguments, *"--iterations 1 --no-controls --eval_steps 4 --model".split(), tiny_epsilon]
     code, _, error = run_inside(argv, SCRIPT)
     assert code == 0, error
     ((standard, learnt),) = grids
-    asked = [p for p in common.read_prompts(prompt_files.held_out, "") for _ in range(2)]
+    asked = [p for p in read_prompts(prompt_files.held_out, "") for _ in range(2)]
     seeds = [derived_seed("eval", i, j) for i in range(2) for j in range(2)]
     options = {"prompts": asked, "seeds": seeds, "steps": 4, "eta": 0.0, "output": "pil"}
     assert_same_pictures(standard, stock(stock_trailing(tiny_epsilon), **options))
@@ -469,7 +469,7 @@ def test_results(finished, tiny_v, prompt_files):
     # made again from the saved policy
     policy = NoisePolicy.load(folder, stock_trailing(tiny_v))
     model = trailing(Model(tiny_v, "cpu", torch.float32))
-    held_out = common.read_prompts(prompt_files.held_out, "")
+    held_out = read_prompts(prompt_files.held_out, "")
     mean, log_std = policy(model.encode(held_out))
     kl = kl_to_standard_normal(mean, log_std).mean().item()
     assert results["kl"] == pytest.approx(kl, rel=1e-5) and results["kl_per_dimension"] == pytest.approx(kl / 256, rel=1e-5)
@@ -493,7 +493,7 @@ def test_snippet_needs_one_file_and_makes_the_evaluated_picture(finished, tiny_v
     picture = Image.open(tmp_path / "learnt.png")
 
     model = trailing(Model(tiny_v, "cpu", torch.float32))
-    prompt = common.read_prompts(prompt_files.held_out, "")[:1]
+    prompt = read_prompts(prompt_files.held_out, "")[:1]
     policy = NoisePolicy(12, 16, (4, 8, 8))
     policy.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["policy"])
     with torch.no_grad():
