@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -245,6 +246,12 @@ def tiny_arguments(tiny_v, prompt_files) -> list[str]:
     rewards = "--reward jpeg_compressibility --eval_rewards shapes_graded"
     sizes = "--rounds 2 --prompts_per_round 3 --samples 4 --updates 2 --batch 4 --micro_batch 2 --eval_samples 2"
     return f"{files} {rewards} {sizes} --steps 4 --guidance 1 --lora_rank 4 --lora_targets attention --lr 1e-2".split()
+
+
+def arguments_for(cls, argv: list[str]) -> list[str]:
+    """Those `--flag value` pairs that the dataclass cls has."""
+    names = {f"--{field.name}" for field in dataclasses.fields(cls)}
+    return [word for flag, value in zip(argv[::2], argv[1::2]) if flag in names for word in (flag, value)]
 
 
 def run_inside(argv: list[str], script: str = "graft.py") -> tuple[int, str, str]:

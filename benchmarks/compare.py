@@ -1,0 +1,205 @@
+"""All methods and their controls on the embedded model at one budget of model calls, and a policy gradient far beyond it.
+
+Run: python benchmarks/compare.py            (what benchmarks/results/compare lacks, two runs at a time; then table and figure)
+     python benchmarks/compare.py --tables   (only these, from the stored results)
+     python benchmarks/compare.py --quick    (minutes: one seed, small runs in runs/compare_quick, which say little)
+A run that was stopped goes on where it was (runs/compare/<arm>__<seed>).
+
+A model call is one forward pass for one picture; a training step counts 3, as a backward pass costs about two forward ones.
+Arms are ordinary commands. Their held-out reward is drawn against the pictures that they sampled and scored for training, and
+against the seconds that they took, evaluations and all, but without the evaluation after the last update.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from graft_shapes import ROOT, load, mean_and_se
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+sys.path.insert(0, str(ROOT))
+from rewards import save_figure  # noqa: E402
+
+RESULTS, QUICK = ROOT / "benchmarks" / "results" / "compare", ROOT / "runs" / "compare_quick"
+METRICS = ("shapes_strict", "shapes_graded", "shapes_fit", "jpeg_compressibility", "diversity")
+# arm: (label, command, what makes the run short for --quick); {run} is the folder of this seed's runs
+ARMS = {
+    "none": ("control: GRAFT without selection", "graft.py --rule none", "--rounds 1"),
+    "graft": ("GRAFT", "graft.py", "--rounds 1"),
+    "pgraft": ("P-GRAFT, base from level 0.2 on", "pgraft.py --switch 0.2", "--rounds 1"),
+    "noise_ppo": ("Noise PPO", "noise_ppo.py --iterations 36 --eval_steps 4,10 --no-controls", "--iterations 6"),
+    "pgraft_noise_ppo": (
+        "P-GRAFT, then Noise PPO",
+        "noise_ppo.py --iterations 36 --eval_steps 4,10 --no-controls --lora {run}/pgraft__{seed}",
+        "--iterations 6",
+    ),
+    "ddpo": ("DDPO", "benchmarks/ddpo.py", "--rounds 2"),
+}
+STYLES = {"none": "k:", "graft": "C0o-", "pgraft": "C1s-", "noise_ppo": "C2^-", "pgraft_noise_ppo": "C4v-", "ddpo": "C3d-"}
+
+
+def cost(script: str, args: dict) -> tuple[int, int]:
+    """(pictures sampled, model calls) of one round or iteration of a run with these arguments."""
+    guided = 2 if args["guidance"] > 1 else 1
+    if script == "noise_ppo.py":
+        pictures = args["prompts_per_iteration"] * args["samples"]
+        return pictures, pictures * args["steps"] * guided
+    pictures = args["prompts_per_round"] * args["samples"]
+    if script == "benchmarks/ddpo.py":  # the last step is not random: nothing to train
+        return pictures, pictures * guided * (args["steps"] + 3 * args["epochs"] * (args["steps"] - 1))
+    return pictures, guided * (pictures * args["steps"] + 3 * args["updates"] * args["batch"])
+
+
+def seconds_at(folder: Path) -> list[float]:
+    """Seconds into the run at which each row of metrics.csv was logged, from TensorBoard's time stamps; of a resumed run the sum
+    over its parts."""
+    found, before = {}, 0.0
+    for file in sorted((folder / "tensorboard").glob("events*"), key=lambda f: int(f.name.split(".")[3])):
+        stamps = [(event.step, event.wall_time) for event in EventFileLoader(str(file)).Load()]
+        found |= {step: before + time - stamps[0][1] for step, time in stamps if step}
+        before = found[max(found)] if found else 0.0
+    return [found[step] for step in sorted(found)]
+
+
+def run(results: Path, arm: str, seed: int, quick: bool) -> None:
+    """One run -> <results>/<arm>__<seed>.json: command, budget, curve (pictures, calls, seconds, held-out reward) and final table."""
+    target = results / f"{arm}__{seed}.json"
+    if target.exists():
+        return
+    runs = QUICK if quick else ROOT / "runs" / "compare"
+    script, *arguments = ARMS[arm][1].format(run=runs, seed=seed).split()
+    shorter = (ARMS[arm][2] + " --eval_samples 2").split() if quick else []
+    command, folder = [script, "--seed", str(seed), *arguments, *shorter], runs / f"{arm}__{seed}"
+    go_on = ["--resume", str(folder)] if (folder / "args.json").exists() else [*command[1:], "--output", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    done = subprocess.run([sys.executable, script, *go_on], cwd=ROOT, env=environment, **pipes)
+    if done.returncode:
+        print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+        return
+    args, found = json.loads((folder / "args.json").read_text()), json.loads((folder / "results.json").read_text())
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    pictures, calls = cost(script, args)
+    curve = [
+        {"pictures": pictures * i, "calls": calls * i, "seconds": round(seconds, 1), "reward": float(row["reward_held_out"])}
+        for i, (row, seconds) in enumerate(zip(rows, seconds_at(folder)), 1)
+        if row["reward_held_out"] != "nan"
+    ]
+    record = {"command": " ".join(["python", *command]).replace(str(ROOT) + "/", ""), "seed": seed}
+    record |= {"hardware": f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time"}
+    record |= {"pictures": pictures * len(rows), "calls": calls * len(rows), "curve": curve, "table": found["table"]}
+    if "by_steps" in found:
+        record["by_steps"] = found["by_steps"]
+    results.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{arm} {seed}: {curve[-1]}", flush=True)
+
+
+def final_means(record: dict) -> dict:
+    """{metric: (base, tuned)} over the held-out prompts with 10 steps a picture."""
+    if "by_steps" in record:
+        (row,) = (row for row in record["by_steps"] if row["steps"] == 10)
+        return {name: (row["means"]["standard"][name], row["means"]["learnt"][name]) for name in METRICS}
+    return {row["metric"]: (row["base"], row["tuned"]) for row in record["table"]}
+
+
+def at_budget(record: dict, budget: int) -> float:
+    """The held-out reward of the last evaluation within a budget of model calls."""
+    within = [point["reward"] for point in record["curve"] if point["calls"] <= budget * 1.02]
+    return within[-1] if within else math.nan
+
+
+def table(results: Path) -> str:
+    """Markdown: budget and held-out means over seeds ± standard error over seeds, one row an arm."""
+    stored = {arm: records for arm in ARMS if (records := load(results, arm))}
+    if "graft" not in stored:
+        return "(no result of GRAFT yet)\n"
+    budget = stored["graft"][0]["calls"]
+    head = ["", "pictures", "calls (thousands)", "seconds", f"strict at {budget / 1000:.0f} k calls", "strict, end"]
+    lines = [head + ["graded", "fit", "JPEG (−kB)", "diversity"], ["---"] * (len(head) + 4)]
+    base = final_means(stored["graft"][0])
+    lines.append(["base", "", "", "", "", *(f"{base[name][0]:.3f}" for name in METRICS)])
+    for row in json.loads((ROOT / "benchmarks" / "results" / "base.json").read_text())["rows"]:
+        if row.get("best_of", 1) > 1 and "held_out shapes_strict" in row:
+            calls, strict = f"{row['calls']} a picture", "{:.3f}".format(row["held_out shapes_strict"][0])
+            lines.append([f"best of {row['best_of']} at sampling time", "", calls, "", "", strict, "", "", "", ""])
+    for arm, records in stored.items():
+        cells = [f"{ARMS[arm][0]} ({len(records)})", f"{records[0]['pictures']:,}", f"{records[0]['calls'] / 1000:.0f}"]
+        cells.append(f"{np.mean([r['curve'][-1]['seconds'] for r in records]):.0f}")
+        cells.append(mean_and_se([at_budget(r, budget) for r in records]))
+        cells += [mean_and_se([final_means(r)[name][1] for r in records]) for name in METRICS]
+        lines.append(cells)
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def reached(results: Path) -> str:
+    """What GRAFT needed to reach DDPO's best and final held-out reward (means over seeds), and what DDPO needed."""
+    graft, ddpo = load(results, "graft"), load(results, "ddpo")
+    if not graft or not ddpo:
+        return ""
+
+    def mean_curve(records, name):
+        return np.mean([[point[name] for point in r["curve"]] for r in records], 0)
+
+    reward, goal = mean_curve(graft, "reward"), mean_curve(ddpo, "reward")[-1]
+    first = next((i for i, value in enumerate(reward) if value >= goal), None)
+    if first is None:
+        return f"GRAFT ended at {reward[-1]:.3f}, DDPO at {goal:.3f}.\n"
+    words = []
+    for name in ("pictures", "calls", "seconds"):
+        ours, theirs = mean_curve(graft, name)[first], mean_curve(ddpo, name)[-1]
+        words.append(f"{ours:,.0f} of {theirs:,.0f} {name} (1/{theirs / ours:.1f})")
+    return f"GRAFT passed DDPO's final {goal:.3f} after round {first + 1}, at {reward[first]:.3f}, with {', '.join(words)}.\n"
+
+
+def figure(results: Path) -> None:
+    """compare.png: held-out reward against pictures sampled and against seconds; bands: standard error over seeds."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(9, 3.6), layout="constrained")
+    for axis, name in zip(canvas.subplots(1, 2, sharey=True), ("pictures", "seconds")):
+        for arm in ARMS:
+            records = load(results, arm)
+            if not records:
+                continue
+            x = np.mean([[point[name] for point in r["curve"]] for r in records], 0)
+            y = np.array([[point["reward"] for point in r["curve"]] for r in records])
+            axis.plot(x, y.mean(0), STYLES[arm], markersize=3, linewidth=1, label=ARMS[arm][0])
+            if len(y) > 1:
+                error = y.std(0, ddof=1) / len(y) ** 0.5
+                axis.fill_between(x, y.mean(0) - error, y.mean(0) + error, color=axis.lines[-1].get_color(), alpha=0.2)
+        axis.set(
+            xlabel={"pictures": "pictures sampled and scored", "seconds": "seconds on one CPU thread"}[name], xscale="log"
+        )
+    canvas.axes[0].set_ylabel("held-out strict reward")
+    canvas.axes[0].legend(fontsize=7)
+    save_figure(canvas, results / "compare.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    results = QUICK / "results" if options.quick else RESULTS
+    if not options.tables:
+        seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
+        first = [(arm, seed) for seed in seeds for arm in options.arms if arm != "pgraft_noise_ppo"]
+        second = [(arm, seed) for seed in seeds for arm in options.arms if arm == "pgraft_noise_ppo"]  # needs P-GRAFT's run
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for jobs in (first, second):
+                list(pool.map(lambda job: run(results, *job, options.quick), jobs))
+    print(table(results) + "\n" + reached(results))
+    figure(results)
