@@ -66,7 +66,7 @@ class Args:
     prompts_per_round: int = 80  # prompts sampled in a round, none twice
     samples: int = 8  # samples per prompt
     epochs: int = 1  # passes over a round's trajectories
-    clip: float = 1e-3  # delta of equation (4)
+    clip: float = 1e-2  # delta of equation (4)
     advantage_max: float = 5.0  # advantages are cut off at plus or minus this
 
     lora_rank: int = 16  # rank of the LoRA
