@@ -1,10 +1,9 @@
-"""What every method file needs and no method is about: arguments, prompts, model families, LoRA, seeds, run folder, pictures.
+"""What every method file needs and no method is about: arguments, model families, LoRA, seeds, run folder.
 
 The denoising loops and the losses are not here: they stand in the method files, in sight.
 """
 
 import contextlib
-import csv
 import dataclasses
 import importlib
 import io
@@ -17,11 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 FAMILIES = {  # pipeline class: further prompts that its encode_prompt takes
     "StableDiffusionPipeline": (),  # 1.x, 2.x
@@ -38,16 +35,18 @@ class InputError(Exception):
     """Something the user gave is wrong; the message is one line that names it and the fix."""
 
 
-@contextlib.contextmanager
-def exit_on_error(how_to_resume):
-    """InputError ends the program with one line and exit code 2; Ctrl-C with exit code 130 and `how_to_resume()`."""
+def run_script(main, cls) -> None:
+    """main(args, folder_known) with the command line's arguments; main tells its run folder to folder_known. InputError ends
+    the program with one line and exit code 2; Ctrl-C with exit code 130 and how to continue."""
+    folders = []
     try:
-        yield
+        main(parse_arguments(cls), folders.append)
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\ninterrupted. {how_to_resume()}", file=sys.stderr)
+        command = f"Continue with: python {Path(sys.argv[0]).name} --resume"
+        print(f"\ninterrupted. {f'{command} {folders[0]}' if folders else 'Nothing was written.'}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -92,77 +91,43 @@ def parse_arguments(cls, argv: list[str] | None = None):
     return args
 
 
-def read_prompts(file: str, flag: str) -> list[str]:
-    """Prompts of a .txt file (one a line), or of a column of a .csv, .tsv or .jsonl file, in order; InputError if there are none.
+def complete(args, defaults: dict, limits: dict, choices: dict) -> None:
+    """Fill in the settings that were left out and check every argument of which a table can say what is right; InputError.
 
-    The column is given as file.csv:column; left out, it is the first of PROMPT_COLUMNS there is, in capitals or not. A .tsv
-    file has no quoting: in PartiPrompts.tsv a quotation mark at the start belongs to the prompt.
+    defaults: {setting: (of the embedded model, then of FAMILIES in their order)}; limits: {setting: (least, most)}, a name in
+    place of a number is that setting's value; choices: {setting: its values}.
     """
-    name, _, column = file.rpartition(":")
-    if Path(name).suffix not in (".csv", ".tsv", ".jsonl"):
-        name, column = file, ""
-    path, kind = Path(name), Path(name).suffix
-    if kind not in (".txt", ".csv", ".tsv", ".jsonl"):
-        raise InputError(
-            f"{flag} {file}: give a .txt file (one prompt a line), or .csv, .tsv or .jsonl with a column `prompt`"
-        )
-    if not path.is_file():
-        raise InputError(f"{flag} {file}: no such file")
-    lines = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True), 1):
-        try:
-            lines.append(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise InputError(f"{flag} {file}: line {number} is not UTF-8; save the file as UTF-8") from None
-    if kind == ".txt":
-        prompts = lines
-    elif kind == ".jsonl":
-        prompts = []
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    column = column or choose_column(row.keys())
-                    prompts.append(row[column] + "")
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise InputError(f'{flag} {file}: line {number} is not {{"{column or "prompt"}": "..."}}') from None
-    else:
-        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
-        try:
-            reader = csv.DictReader(lines, **options)
-            columns, rows = reader.fieldnames or [], list(reader)
-        except csv.Error as error:
-            raise InputError(f"{flag} {file}: is no proper {kind} file ({error})") from None
-        chosen = column or choose_column(columns)
-        if rows and chosen not in columns:
-            raise InputError(
-                f"{flag} {file}: no column {chosen or 'prompt'!r} in the first line, which has {', '.join(columns)}; "
-                f"choose one as {path.name}:column"
-            )
-        prompts = [row[chosen] or "" for row in rows]
-    prompts = [" ".join(part.strip() for part in p.split("\n")).strip() for p in prompts]
-    prompts = [p for p in prompts if p]
-    if not prompts:
-        raise InputError(f"{flag} {file}: holds no prompt")
-    return prompts
+    embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
+    column = [*FAMILIES].index(check_model_name(args.model)) + 1
+    for name, values in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[0 if embedded else column])
+    args.device = check_device(args.device, args.dtype)
+    check_output(args.output, args.resume)
+    check_tables(args, limits, choices)
 
 
-def choose_column(columns) -> str | None:
-    """The first of PROMPT_COLUMNS among the names, whether in capitals or not."""
-    named = {c.strip().lower(): c for c in reversed(list(columns))}
-    return next((named[p] for p in PROMPT_COLUMNS if p in named), None)
+def check_tables(args, limits: dict, choices: dict) -> None:
+    """InputError for an argument that limits or choices, as in complete, do not allow."""
+    for name, (least, most) in limits.items():
+        most = getattr(args, most) if isinstance(most, str) else most
+        if not least <= getattr(args, name) <= most:
+            raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
+    for name, allowed in choices.items():
+        if getattr(args, name) not in allowed:
+            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(allowed)}")
 
 
-def warn_of_overlap(prompts: list[str], held_out: list[str]) -> None:
-    """Print a warning if prompts are trained on and held out at once."""
-    trained = {p.casefold() for p in prompts}
-    both = [p for p in held_out if p.casefold() in trained]
-    if both:
-        print(
-            f"warning: {len(both)} of the {len(held_out)} held-out prompts are trained on as well, {both[0]!r} for one; "
-            "what is reported as held out is then not quite",
-            file=sys.stderr,
-        )
+def numbers(args, name: str, kind: type, least: float, most: float) -> list:
+    """The numbers of a setting such as "2,4", each an int or a float (`kind`) from least to most; InputError."""
+    try:
+        found = [kind(part) for part in getattr(args, name).split(",") if part.strip()]
+    except ValueError:
+        found = [float("nan")]
+    if not all(least <= n <= most for n in found):
+        wanted = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"--{name} {getattr(args, name)}: give {wanted} from {least:g} to {most:g}, separated by commas")
+    return found
 
 
 def check_model_name(name: str) -> str:
@@ -353,24 +318,6 @@ class Model:
         u = torch.special.ndtri(chance).sigmoid()
         return (self.train_timesteps * shift * u / (1 + (shift - 1) * u)).float()
 
-    def stock_code(self, more: str = "") -> str:
-        """Lines of Python that load this model in stock diffusers as `pipe`; more: options of the DDIM scheduler."""
-        name, flow = str(Path(self.name).resolve()) if Path(self.name).exists() else self.name, self.prediction_type == "flow"
-        options = f"dtype={self.dtype}" + "".join(f", {key}=None" for key in self.left_out)
-        lines = ["import torch; from diffusers import " + ("" if flow else "DDIMScheduler, ") + self.family]
-        lines += [f"pipe = {self.family}.from_pretrained({name!r}, {options}).to({self.device!r})"]
-        ddim = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {more}clip_sample=False)"
-        return "\n".join(lines if flow else [*lines, ddim])
-
-    def stock_call(self, prompt: str, args, more: str = "") -> str:
-        """The call that makes the evaluation's first picture; more: further arguments. Stock flows know no eta."""
-        eta, remark = f"eta={args.eta}, ", ""
-        if self.prediction_type == "flow":
-            eta, remark = "", "# the stock flow is deterministic: not the picture of this run\n" if args.eta else ""
-        call = f"pipe({prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, {eta}"
-        generator = f"generator=torch.Generator().manual_seed({derived_seed('eval', 0, 0)})"
-        return f'{remark}{call}{generator}{more}).images[0].save("tuned.png")'
-
     # ------------------------------------------------------------ LoRA
 
     def add_lora(self, rank: int, alpha: float, targets: str, seed: int) -> list[torch.nn.Parameter]:
@@ -514,77 +461,3 @@ def load_checkpoint(folder: Path) -> dict | None:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise InputError(f"--resume {folder}: checkpoint.pt is damaged ({type(error).__name__}); start a new run") from None
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Atomically write rows with the first row's columns."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
-
-
-# ---------------------------------------------------------------- pictures of a run
-
-
-def save_grid(
-    path: Path,
-    base: list,
-    tuned: list,
-    prompts: list[str],
-    per_prompt: int,
-    title: str = "tuned, same seeds (base on the left)",
-) -> None:
-    """Up to six prompts, one a row: left the base's pictures, right the tuned model's with the same seeds. Lists prompt by prompt."""
-    rows = min(6, len(prompts), len(base) // per_prompt)
-    figure = Figure(figsize=(2.2 * per_prompt, 1.35 * rows))
-    axes = figure.subplots(rows, 2 * per_prompt, squeeze=False)
-    for r in range(rows):
-        for c in range(per_prompt):
-            axes[r, c].imshow(base[r * per_prompt + c])
-            axes[r, per_prompt + c].imshow(tuned[r * per_prompt + c])
-        axes[r, 0].set_title(prompts[r], fontsize=8, loc="left")
-    axes[0, per_prompt].set_title(title, fontsize=8, loc="left")
-    for axis in axes.flat:
-        axis.set_axis_off()
-    save_figure(figure, path)
-
-
-def save_curves(path: Path, rows: list[dict], losses: list[float], base: float, reward: str) -> None:
-    """Reward by round of the accepted, the sampled and the held-out pictures (round 0: the base's); loss by update."""
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name in ("accepted", "sampled"):
-        left.plot([r["round"] for r in rows], [r[f"reward_{name}"] for r in rows], "o-", label=name)
-    held_out = {0: base} | {r["round"]: r["reward_held_out"] for r in rows}
-    held_out = {k: v for k, v in held_out.items() if not np.isnan(v)}
-    left.plot(held_out.keys(), held_out.values(), "s-", label="held out, after the round")
-    left.set(xlabel="round", ylabel=reward, xticks=[r["round"] for r in rows])
-    left.legend()
-    right.plot(losses, linewidth=0.8)
-    right.set(xlabel="update", ylabel="denoising loss")
-    save_figure(figure, path)
-
-
-def save_panels(path: Path, panels: list[tuple[str, str, dict]], log_x: bool = False) -> None:
-    """Panels side by side, each (x label, y label, {line: (x, y) or (x, y, standard errors)}); NaN values are left out."""
-    figure = Figure(figsize=(4.5 * len(panels), 3), layout="constrained")
-    for axis, (x_label, y_label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for label, columns in lines.items():
-            kept = zip(*(point for point in zip(*columns) if not np.isnan(point[1])))
-            axis.errorbar(*kept, fmt="o-", markersize=3, linewidth=1, capsize=2, label=label)
-        axis.set(xlabel=x_label, ylabel=y_label)
-        if log_x:
-            ticks = sorted({x for columns in lines.values() for x in columns[0]})
-            axis.set(xscale="log", xticks=ticks, xticklabels=ticks)
-            axis.minorticks_off()
-        axis.legend(fontsize=7)
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Atomically write a figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())

@@ -14,36 +14,40 @@ Choices that the paper leaves open: a LoRA is tuned; groups in which no reward d
 with guidance w > 1 the loss is on the guided prediction, because that is what samples (README, "Guidance").
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import common
+import rewards as show  # what a run prints and writes
 from common import DTYPES, ROOT, InputError, Model, derived_seed
-from rewards import average_hash, diversity, image_statistics, read_rewards, score
+from rewards import average_hash, diversity, image_statistics, read_task, schedule_prompts, score
 
+RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
+DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3 (the stock call's own)
+    "steps": (10, 50, 50, 28),
+    "guidance": (1.0, 7.5, 5.0, 7.0),
+    "eta": (1.0, 1.0, 1.0, 0.0),
+    "sample_batch": (64, 8, 4, 4),
+    "micro_batch": (64, 2, 1, 1),
+    "lora_targets": ("all", *["attention"] * 3),
+    "lr": (1e-3, 1e-4, 1e-4, 1e-4),
+    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", *["jpeg_compressibility"] * 3),
+}
 AT_LEAST_ONE = "rounds prompts_per_round samples guidance sample_batch updates batch micro_batch lora_rank".split()
-RULES = ("topk", "preference", "exponential", "threshold", "none")
-DEFAULTS = {  # settings left out on the command line: (embedded shapes model, any other model)
-    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", "jpeg_compressibility"),
-    "steps": (10, 50),
-    "guidance": (1.0, 7.5),
-    "sample_batch": (64, 8),
-    "lora_targets": ("all", "attention"),
-    "lr": (1e-3, 1e-4),
-    "micro_batch": (64, 2),
-    "eta": (1.0, 1.0),
+LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | {
+    "top_k": (1, "samples"),
+    "steps": (1, 999),
+    "eta": (0, 1),
+    "lr": (1e-12, 1),
 }
-FAMILY_DEFAULTS = {  # in place of those of any other model, the stock call's own
-    "StableDiffusionXLPipeline": {"guidance": 5.0, "sample_batch": 4, "micro_batch": 1},
-    "StableDiffusion3Pipeline": {"steps": 28, "guidance": 7.0, "eta": 0.0, "sample_batch": 4, "micro_batch": 1},
-}
+LIMITS |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
+LIMITS |= {"lora_alpha": (1e-6, 1e6)}
+CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none")}
 
 
 @dataclass
@@ -138,7 +142,7 @@ def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None
     elif rule == "none":
         mask = torch.ones_like(rewards, dtype=torch.bool)
     else:
-        raise ValueError(f"rule {rule!r} must be one of {', '.join(RULES)}")
+        raise ValueError(f"rule {rule!r} must be one of {', '.join(CHOICES['rule'])}")
     if keys is not None:
         rank = _rank(rewards, torch.rand(rewards.shape, generator=generator).to(rewards.device))
         same = keys[:, :, None] == keys[:, None, :]  # (prompts, samples, samples)
@@ -173,7 +177,7 @@ def implied_kl(num_samples, top_k):
 def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None):
     """KL(accepted || sampled) in nats of a rule on rewards (prompts, samples). topk and preference: equation (3), an upper
     bound if rewards tie; others: from the acceptance probabilities, mean over the prompts that can accept."""
-    if rule in ("topk", "preference"):
+    if rule in RANKING:
         return implied_kl(rewards.shape[1], top_k) if rule == "topk" else implied_kl(2, 1)
     if rule == "none":
         return 0.0
@@ -279,66 +283,26 @@ def evaluate(model, rewards, prompts, args, label):
     return means, pictures[:24]
 
 
-def paired_table(base, tuned):
-    """Rows {metric, base, tuned, difference, se}; se: the standard error over prompts of the mean paired difference."""
-    rows = []
-    for name in base:
-        change = tuned[name] - base[name]
-        numbers = (base[name].mean(), tuned[name].mean(), change.mean(), change.std() / len(change) ** 0.5)
-        rows.append({"metric": name} | dict(zip(("base", "tuned", "difference", "se"), map(float, numbers))))
-    return rows
-
-
 # ================================================================ the run
 
 
 def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
-    embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
-    of_family = FAMILY_DEFAULTS.get(common.check_model_name(args.model), {})
-    for name, (for_shapes, for_others) in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, for_shapes if embedded else of_family.get(name, for_others))
-    args.device = common.check_device(args.device, args.dtype)
-    common.check_output(args.output, args.resume)
-    limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"top_k": (1, args.samples), "steps": (1, 999), "eta": (0, 1)}
-    limits |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
-    for name, (least, most) in (limits | {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6)}).items():
-        if not least <= getattr(args, name) <= most:
-            raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
+    common.complete(args, DEFAULTS, LIMITS, CHOICES)
     if args.batch % min(args.micro_batch, args.batch):
         raise InputError(f"--micro_batch {args.micro_batch}: must divide --batch {args.batch}")
-    for name, choices in {"reference": ("newest", "base"), "rule": RULES}.items():
-        if getattr(args, name) not in choices:
-            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(choices)}")
     if args.rule == "threshold" and args.threshold is None:
         raise InputError("--rule threshold needs --threshold, the least reward to accept")
     if args.rule == "exponential" and not (args.beta or 0) > 0:
         raise InputError("--rule exponential needs --beta above 0, in units of the reward")
     if args.rule == "preference" and args.samples % 2:
         raise InputError(f"--samples {args.samples}: must be even for --rule preference")
-
     if args.shard and not (args.sample_only and shard_of(args.shard)):
         raise InputError(f"--shard {args.shard}: give --sample_only and i/n with i from 1 to n, as in 2/4")
     if args.sample_only:
         args.rounds, args.save_accepted = 1, True
-
-    prompts = common.read_prompts(args.prompts, "--prompts")
-    if args.eval_prompts or args.prompts == Args.prompts:
-        held_out = common.read_prompts(args.eval_prompts or str(ROOT / "shapes" / "prompts_eval.txt"), "--eval_prompts")
-    else:
-        prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
-    if not prompts or len(held_out) < 2:
-        raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
-    common.warn_of_overlap(prompts, held_out)
-    rewards = read_rewards(args.reward, args.eval_rewards)
-    for reward in rewards:
-        reward.check_prompts(prompts, "--prompts")
-        reward.check_prompts(held_out, "--eval_prompts")
-    for reward in rewards:
-        reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
-    return prompts, held_out, rewards
+    return read_task(args)
 
 
 def shard_of(text):
@@ -348,38 +312,9 @@ def shard_of(text):
         return slice(int(i) - 1, None, int(n))
 
 
-def schedule_prompts(count, args):
-    """For each round the indices of its prompts: slices of a random order of all prompts, of a new one when too few are left."""
-    per_round = min(args.prompts_per_round, count)
-    rounds = []
-    for r in range(args.rounds):
-        order, place = divmod(r, count // per_round)
-        generator = torch.Generator().manual_seed(derived_seed(args.seed, "prompts", order))
-        rounds.append(torch.randperm(count, generator=generator)[place * per_round : (place + 1) * per_round].tolist())
-    return rounds
-
-
-def describe(args, model, parameters, per_round, held_out, folder):
-    """The checked, derived settings."""
-    rule, kl = args.rule, "estimated in every round"
-    if rule in ("topk", "preference"):
-        rule = f"{args.top_k} best of {args.samples}" if rule == "topk" else "better of two"
-        kl = f"{estimated_kl(torch.zeros(1, args.samples), args.rule, top_k=args.top_k):.2f} nats at most (ties lower it)"
-    of = "base" if args.reference == "base" or args.rounds == 1 else "model of the round"
-    guided = "" if args.guidance == 1 else ", guided loss" if args.guided_loss else ", conditional loss"
-    return f"""GRAFT -> {folder}
-  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}
-  LoRA       rank {args.lora_rank}, alpha {args.lora_alpha:g}, {args.lora_targets}: {sum(p.numel() for p in parameters):,} parameters
-  sampling   {args.rounds} rounds x {per_round} prompts x {args.samples} = {args.rounds * per_round * args.samples} pictures, \
-{args.steps} steps, guidance {args.guidance:g}, eta {args.eta:g}
-  acceptance {rule} by {args.reward}; KL(accepted || {of}) {kl}
-  update     {args.rounds} rounds x {args.updates} = {args.rounds * args.updates} updates x {args.batch} pictures, lr {args.lr:g}{guided}
-  evaluation {len(held_out)} held-out prompts x {args.eval_samples} pictures, base and tuned on the same seeds"""
-
-
 def main(args, folder_known):
     prompts, held_out, rewards = prepare(args)
-    schedule, shard = schedule_prompts(len(prompts), args), shard_of(args.shard)
+    schedule, shard = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed), shard_of(args.shard)
     if not schedule[0][shard]:
         raise InputError(f"--shard {args.shard}: a round has only {len(schedule[0])} prompts; take fewer shards")
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
@@ -391,7 +326,8 @@ def main(args, folder_known):
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
     folder = common.make_run_folder(args, "graft", args.model, args.seed)
     folder_known(folder)
-    print(describe(args, model, parameters, len(schedule[0]), held_out, folder), flush=True)
+    kl = estimated_kl(torch.zeros(1, args.samples), args.rule, top_k=args.top_k) if args.rule in RANKING else None
+    print(show.describe(f"GRAFT -> {folder}", args, model, len(schedule[0]), held_out, kl), flush=True)
 
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
     model.remember(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
@@ -439,7 +375,7 @@ def main(args, folder_known):
             whole = whole.index_copy(0, mine, table)
             mask = accept(whole, args.rule, **options, reward_max=args.reward_max, keys=keys, generator=generator)[mine]
             groups = table.view(len(table), -1, 2 if args.rule == "preference" else args.samples)  # what a rule ranks
-            flat = (groups.amax(2) == groups.amin(2)) & (args.rule in ("topk", "preference"))  # no reward differs
+            flat = (groups.amax(2) == groups.amin(2)) & (args.rule in RANKING)  # no reward differs
             if not args.accept_flat:
                 mask &= ~flat.repeat_interleave(groups.shape[2], 1)
             index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
@@ -455,12 +391,12 @@ def main(args, folder_known):
             row |= {name: values.mean().item() for name, values in scores.items() if name != args.reward}
             state["rows"].append(row)
             if args.save_accepted:
-                save_accepted(folder / "accepted", model, state["accepted"], prompts, args)
+                show.save_accepted(folder / "accepted", model, latents[index], state["accepted"], prompts, args.sample_batch)
             checkpoint()
         if args.sample_only:
             writer.close()
             print(
-                f"  accepted   {len(state['accepted'][0]['reward'])} of {args.samples} x {len(mine)} pictures -> {folder / 'accepted'}"
+                f"  accepted   {len(state['accepted'][0]['reward'])} of {args.samples} x {len(mine)} pictures -> {folder}/accepted"
             )
             return
 
@@ -502,53 +438,22 @@ def main(args, folder_known):
             with model.lora_merged():
                 state["tuned"], pictures = evaluate(model, rewards, held_out, args, f"evaluate {r + 1}")
             row["reward_held_out"] = state["tuned"][args.reward].mean().item()
-            common.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
+            show.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
         state["losses"] += losses
         state["round"] = r + 1
         model.save_lora(folder)
-        common.write_csv(folder / "metrics.csv", state["rows"])
-        common.save_curves(folder / "curves.png", state["rows"], state["losses"], base[args.reward].mean().item(), args.reward)
-        for name, value in row.items():
-            writer.add_scalar(name, value, r + 1)
+        show.write_metrics(folder, writer, state, base, args.reward)
         checkpoint()
-        left = state["seconds"] / state["round"] * (args.rounds - state["round"])
-        rates = f"{row['acceptance_rate']:.1%}; {row['flat_groups']:.0%} of groups without signal"
-        rewarded = f"reward {row['reward_sampled']:.3f}, accepted {row['reward_accepted']:.3f} ({rates})"
-        held = f"held-out {row['reward_held_out']:.3f}, loss {row['loss']:.4f}"
-        print(f"  round {r + 1}/{args.rounds}  {rewarded}, {held}, {speed}{left:.0f} s left", flush=True)
+        show.print_round(state, args.rounds, speed)
     writer.close()
 
     # ------------------------------------------------------------ SHOW
-    table = paired_table(base, state["tuned"])
-    results = {"table": table, "seconds": state["seconds"]}
-    common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    print(f"\n{'held-out prompts':<34}{'base':>9}{'tuned':>9}{'difference':>12}   s.e.   ({args.reward} was optimised)")
-    for row in table:
-        print("{metric:<34}{base:>9.3f}{tuned:>9.3f}{difference:>+12.3f}  {se:.3f}".format(**row))
+    show.write_results(folder, base, state["tuned"], args.reward, state["seconds"])
     print(f"\n{state['seconds']:.0f} s. In {folder}: the LoRA, results.json, metrics.csv, grid.png, curves.png. To use it:\n")
-    print(f"""{model.stock_code()}
+    print(f"""{show.stock_code(model)}
 pipe.load_lora_weights({str(folder.resolve())!r})
-{model.stock_call(held_out[0], args)}""")
-
-
-def save_accepted(folder, model, rounds, prompts, args):
-    """Write the newest round's accepted pictures, then the metadata.jsonl (file_name, text, reward) of all rounds."""
-    folder.mkdir(exist_ok=True)
-    rows = []
-    for r, accepted in enumerate(rounds):
-        for prompt, sample, reward in zip(*(accepted[name].tolist() for name in ("prompt", "sample", "reward"))):
-            name = f"round{r + 1:03d}_{prompt:06d}_{sample:03d}.png"
-            rows.append({"file_name": name, "text": prompts[prompt], "reward": reward})
-    latents, new = rounds[-1]["latents"], rows[-len(rounds[-1]["latents"]) :]
-    for i in range(0, len(new), args.sample_batch):
-        for row, image in zip(new[i:], model.decode(latents[i : i + args.sample_batch])):
-            image.save(folder / row["file_name"])
-    common.write_atomically(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+{show.stock_call(model, held_out[0], args)}""")
 
 
 if __name__ == "__main__":
-    known = []
-    with common.exit_on_error(
-        lambda: f"Continue with: python graft.py --resume {known[0]}" if known else "Nothing was written."
-    ):
-        main(common.parse_arguments(Args), known.append)
+    common.run_script(main, Args)

@@ -33,22 +33,9 @@ import common
 import rewards as show  # what a run prints and writes
 from common import ROOT, InputError, derived_seed
 from rewards import frechet_distance, frechet_features, noise_statistics
+from shapes import flow as flows
 from shapes import flow_data
-from shapes.flow import (
-    Flow,
-    asked_levels,
-    check_flow,
-    check_network,
-    count_flops,
-    find_pictures,
-    fit,
-    flow_objective,
-    model_hash,
-    new_network,
-    predict,
-    read_pictures,
-    update_flops,
-)
+from shapes.flow import Flow, count_flops, fit
 
 AT_LEAST_ONE = "updates max_iterations sample_batch corrector_steps batch checkpoint_every size channels base_updates".split()
 LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | dict.fromkeys(("lr", "base_lr", "longer_lr"), (1e-12, 1))
@@ -57,7 +44,7 @@ LIMITS |= {"data_noise": (0, 10), "reference_share": (0.05, 0.95), "grid_power":
 LIMITS |= {"tolerance": (1e-7, 1), "max_failed": (0, 1), "held_out": (0.01, 0.9)}
 LISTS = {"eval_steps": (int, 1, 10**4), "eval_powers": (float, 0.1, 10), "eval_corrector_steps": (int, 1, 10**4)}
 CHOICES = {"features": ("shapes", "pixels", "inception"), "normalise": ("", "scale", "gaussian")}
-SHOWN = 8  # pictures of every kind in grid.png
+MAIN_ARMS, SHOWN = ("base", "scale only", "gaussian", "corrector"), 8  # rows of grid.png, pictures in each
 MOST_COVARIANCE = 4096  # numbers in a picture; beyond, their covariance would be larger than any model here
 
 
@@ -92,9 +79,7 @@ class Args:
     memory: int = 2  # changes that Anderson acceleration combines; 0: the plain fixed-point iteration
     max_failed: float = 0.1  # stop if a larger share of the pictures does not converge
 
-    corrector_network: str = (
-        "token:64,64"  # see new_network in shapes/flow.py; for pictures above 8 x 8 such as "unet:16,32,32"
-    )
+    corrector_network: str = "token:64,64"  # see shapes/flow.py; for pictures above 8 x 8 such as "unet:16,32,32"
     corrector_steps: int = 4  # M, Euler steps of the corrector
     normalise: str = ""  # gaussian or scale; left out: gaussian if there are ten noises for each number of a picture
     held_out: float = 0.1  # share of the inverted noises that choose the weights and are not trained on
@@ -231,7 +216,7 @@ class Corrector:
         """u = a + b y. y: (batch, channels, height, width), t: (batch,)."""
         square = y.square().mean((1, 2, 3), keepdim=True)  # 1 on average
         norm = (square - 1) * (y[0].numel() / 2) ** 0.5  # variance 1 for standard noise
-        a, b = predict(self.network, torch.cat([y, norm.expand_as(y[:, :1])], 1), 1000 * (1 - t)).chunk(2, 1)
+        a, b = flows.predict(self.network, torch.cat([y, norm.expand_as(y[:, :1])], 1), 1000 * (1 - t)).chunk(2, 1)
         return a + b * y
 
     def standardise(self, z):
@@ -268,14 +253,14 @@ class Corrector:
         if not (folder / "corrector.json").is_file():
             raise InputError(f"{folder}: holds no corrector (no corrector.json)")
         settings = json.loads((folder / "corrector.json").read_text(encoding="utf-8"))
-        if model_hash(network) != settings["model_hash"]:
+        if flows.model_hash(network) != settings["model_hash"]:
             raise InputError(f"{folder}: this corrector was learnt for another model; learn one for this model")
         given = scheduler.sigmas.tolist()
         levels = [sigma * scheduler.config.num_train_timesteps for sigma in given[:-1]]
         if given != settings["sigmas"] or not np.allclose(levels, settings["timesteps"]):
             raise InputError(
                 f"{folder}: this corrector was learnt for the {settings['steps']} steps in corrector.json, the scheduler is set to "
-                f"{len(given) - 1} others: call scheduler.set_timesteps(sigmas={asked_levels(settings['steps'], settings['grid_power'])}) first"
+                f"{len(given) - 1} others: call scheduler.set_timesteps(sigmas={flows.asked_levels(settings['steps'], settings['grid_power'])}) first"
             )
         device = str(next(network.parameters()).device)
         gaussian = settings["normalise"] == "gaussian"
@@ -289,28 +274,6 @@ def draw_noise(seeds, shape):
 
 
 # ================================================================ the phases
-
-
-def load_pictures(args, shape, files):
-    """{"invert": to learn the noises of, "train": to train a base on, "reference" and "floor": for the Frechet distance}, each
-    (n, *shape) in [-1, 1]. Of a folder, "reference" shares no picture with the others."""
-    if not args.data:
-        sizes = {"invert": args.pictures, "reference": 5 * args.eval_pictures, "floor": args.eval_pictures}
-        if args.train_base or args.longer:
-            sizes["train"] = 20_000
-        own = {"invert": (args.seed,), "train": (args.seed,)}  # the others are the same for every run
-        pictures = {name: flow_data.draw(size, derived_seed(name, *own.get(name, ())))[0] for name, size in sizes.items()}
-    else:
-        loaded = read_pictures(files, shape)
-        generator = torch.Generator().manual_seed(derived_seed("split"))
-        loaded = loaded[torch.randperm(len(loaded), generator=generator)]
-        kept = round(args.reference_share * len(loaded))
-        pictures = {"reference": loaded[:kept], "train": loaded[kept:]}
-        pictures |= {"invert": loaded[kept:][: args.pictures], "floor": loaded[kept:][: args.eval_pictures]}
-    for name, x in pictures.items():  # the same noise on both sides of every comparison
-        generator = torch.Generator().manual_seed(derived_seed("data noise", name))
-        pictures[name] = x + args.data_noise * torch.randn(x.shape, generator=generator)
-    return pictures
 
 
 def invert_pictures(flow, pictures, sigmas, args, folder):
@@ -348,17 +311,10 @@ def invert_pictures(flow, pictures, sigmas, args, folder):
     return joined["noise"], report
 
 
-def split_noises(noises, args):
-    """(held out, to learn from)."""
-    held_out = max(10, round(args.held_out * len(noises)))
-    return noises[:held_out], noises[held_out:]
-
-
-def train_corrector(corrector, noises, args, state, save):
-    """Fit equation (3) to z (n, *shape): the network ends with the averaged weights for which the held-out loss was least.
-    state: {} or what save() stored. Returns the floating-point operations."""
-    network = corrector.network
-    kept, train = (corrector.standardise(part.to(args.device)) for part in split_noises(noises, args))
+def train_corrector(corrector, kept, known, args, state, save):
+    """Fit equation (3) to the noises known (n, *shape); the network ends with the averaged weights whose loss on the noises kept
+    (m, *shape) was least. state: {} or what save() stored. Returns the floating-point operations."""
+    network, kept, known = corrector.network, corrector.standardise(kept), corrector.standardise(known)
 
     def loss_of(z, generator):
         eps = torch.randn(z.shape, generator=generator).to(args.device)
@@ -367,7 +323,7 @@ def train_corrector(corrector, noises, args, state, save):
         return (corrector.velocity(y, t) - target).square().mean()
 
     def loss(generator):
-        return loss_of(train[torch.randint(len(train), (args.batch,), generator=generator)], generator)
+        return loss_of(known[torch.randint(len(known), (args.batch,), generator=generator)], generator)
 
     @torch.no_grad()
     def held_out():
@@ -377,13 +333,14 @@ def train_corrector(corrector, noises, args, state, save):
 
     if not state:
         state.update(best=held_out(), final=copy.deepcopy(network.state_dict()))
-        state["rows"] = [{"update": 0, "loss": math.nan, "held_out": state["best"]}]
-    flops = args.updates * update_flops(network, loss)
+        state["rows"] = [{"update": 0, "loss": math.nan, "held_out": state["best"], "identity": state["best"]}]
+    flops = args.updates * flows.update_flops(network, loss)
     for update in fit(network, loss, args.updates, args.lr, (args.seed, "corrector"), state, args.checkpoint_every):
         score, recent = held_out(), state["losses"][state["rows"][-1]["update"] :]
         if not score >= state["best"]:
             state.update(best=score, final=copy.deepcopy(network.state_dict()))
-        state["rows"].append({"update": update, "loss": sum(recent) / len(recent), "held_out": score})
+        row = {"update": update, "loss": sum(recent) / len(recent), "held_out": score}
+        state["rows"].append(state["rows"][0] | row)
         save()
     network.load_state_dict(state["final"])
     return flops
@@ -407,60 +364,38 @@ def evaluate(flow, start, sigmas, reference, features, args):
 # ================================================================ the run
 
 
-def numbers(args, name):
-    """The numbers of a setting such as "2,4"; InputError."""
-    kind, least, most = LISTS[name]
-    try:
-        found = [kind(part) for part in getattr(args, name).split(",") if part.strip()]
-    except ValueError:
-        found = [math.nan]
-    if not all(least <= n <= most for n in found):
-        wanted = "whole numbers" if kind is int else "numbers"
-        raise InputError(f"--{name} {getattr(args, name)}: give {wanted} from {least:g} to {most:g}, separated by commas")
-    return found
-
-
 def prepare(args):
     """Check every argument before any model loads and fill in what was left out. Returns (shape of a picture, files of --data)."""
     args.device = common.check_device(args.device, "float32")
     common.check_output(args.output, args.resume)
     inception = find_spec("torch_fidelity") is not None
     args.features = args.features or ("shapes" if not args.data else "inception" if inception else "pixels")
-    for name, (least, most) in LIMITS.items():
-        if not least <= getattr(args, name) <= most:
-            raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
-    for name, choices in CHOICES.items():
-        if getattr(args, name) not in choices:
-            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(choices)}")
-    for name in LISTS:
-        numbers(args, name)
-    shape = (args.channels, args.size, args.size) if args.train_base else check_flow(args.model)
-    check_network(args.corrector_network, shape[1], "--corrector_network")
+    common.check_tables(args, LIMITS, CHOICES)
+    for name, limits in LISTS.items():
+        common.numbers(args, name, *limits)
+    shape = (args.channels, args.size, args.size) if args.train_base else flows.check_flow(args.model)
+    flows.check_network(args.corrector_network, shape[1], "--corrector_network")
     if args.train_base:
-        check_network(args.base_network, shape[1], "--base_network")
+        flows.check_network(args.base_network, shape[1], "--base_network")
     if shape[0] not in (1, 3):
         raise InputError(f"--channels {shape[0]}: must be 1 (grey) or 3 (RGB)")
     if args.normalise == "gaussian" and math.prod(shape) > MOST_COVARIANCE:
         raise InputError(
             f"--normalise gaussian: {math.prod(shape)} numbers in a picture are too many, {MOST_COVARIANCE} at most"
         )
-    world = (1, flow_data.SIZE, flow_data.SIZE)
-    if not args.data and shape != world:
-        raise InputError(f"--data: the embedded pictures are {world}, the model's {shape}; give a folder of pictures")
-    if args.features == "shapes" and shape != world:
-        raise InputError(f"--features shapes: judges pictures of shape {world} only, not {shape}; use pixels or inception")
+    files = flow_data.find_pictures(args.data, shape, args.reference_share)
+    if args.features == "shapes" and shape != flow_data.WORLD:
+        raise InputError(
+            f"--features shapes: judges pictures of shape {flow_data.WORLD} only, not {shape}; use pixels or inception"
+        )
     if args.features == "inception" and not inception:
         raise InputError("--features inception: needs the package torch-fidelity (pip install torch-fidelity), or use pixels")
-    files = find_pictures(args.data) if args.data else []
-    kept = round(args.reference_share * len(files))
-    if args.data and min(kept, len(files) - kept) < 20:
-        raise InputError(f"--data {args.data}: {len(files)} pictures are too few, 20 to invert and 20 as reference are needed")
     return shape, files
 
 
 def main(args, folder_known):
     shape, files = prepare(args)
-    pictures = load_pictures(args, shape, files)
+    pictures = flow_data.load_pictures(args, shape, files)
     features = frechet_features(args.features, args.device, args.sample_batch)
     torch.manual_seed(args.seed)
     flow = (
@@ -480,12 +415,12 @@ def main(args, folder_known):
         common.save_checkpoint(folder, state)
 
     torch.manual_seed(args.seed)
-    network = new_network(args.corrector_network, shape[1], shape[0] + 1, 2 * shape[0], zero=True).to(args.device)
+    network = flows.new_network(args.corrector_network, shape[1], shape[0] + 1, 2 * shape[0], zero=True).to(args.device)
     print(show.describe_correction(args, flow, network, pictures, folder), flush=True)
 
     # ------------------------------------------------------------ BASE
     if args.train_base:
-        loss, trained = flow_objective(flow, pictures["train"], args.batch), state["base"]
+        loss, trained = flows.flow_objective(flow, pictures["train"], args.batch), state["base"]
         for _ in fit(flow.network, loss, args.base_updates, args.base_lr, (args.seed, "base"), trained, args.checkpoint_every):
             checkpoint()
         flow.save(folder / "flow")
@@ -502,12 +437,13 @@ def main(args, folder_known):
     print(f"  inverted   {left_out}, {report['calls']} model calls, {error}, median contraction {contraction}", flush=True)
 
     # ------------------------------------------------------------ CORRECT
-    known = split_noises(noises, args)[1].to(args.device)  # (n, *shape)
+    count = max(10, round(args.held_out * len(noises)))
+    kept, known = noises[:count].to(args.device), noises[count:].to(args.device)
     scale = known.square().mean().sqrt().item()
     law = gaussian_of(known) if math.prod(shape) <= MOST_COVARIANCE else {}
     enough = law and len(known) >= 10 * math.prod(shape)
     args.normalise = args.normalise or ("gaussian" if enough else "scale")
-    settings = {"model_hash": model_hash(flow.network), "steps": args.steps, "grid_power": args.grid_power}
+    settings = {"model_hash": flows.model_hash(flow.network), "steps": args.steps, "grid_power": args.grid_power}
     settings |= {"sigmas": sigmas.tolist(), "timesteps": flow.scheduler.timesteps.tolist(), "scale": scale}
     settings |= {"corrector_steps": args.corrector_steps, "normalise": args.normalise}
     corrector = Corrector(network, settings, law if args.normalise == "gaussian" else {})
@@ -515,14 +451,13 @@ def main(args, folder_known):
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=learnt.get("update", 0) + 1)
 
     def log():
-        rows = [row | {"identity": learnt["rows"][0]["held_out"]} for row in learnt["rows"]]
-        common.write_csv(folder / "metrics.csv", rows)
-        for name, value in rows[-1].items():
-            writer.add_scalar(name, value, rows[-1]["update"])
+        show.write_csv(folder / "metrics.csv", learnt["rows"])
+        for name, value in learnt["rows"][-1].items():
+            writer.add_scalar(name, value, learnt["update"])
         writer.flush()
         checkpoint()
 
-    cost = {"inversion": report["flops"], "corrector": train_corrector(corrector, noises, args, learnt, log)}
+    cost = {"inversion": report["flops"], "corrector": train_corrector(corrector, kept, known, args, learnt, log)}
     writer.close()
     corrector.save(folder / "corrector")
     best, identity = learnt["best"], learnt["rows"][0]["held_out"]
@@ -531,8 +466,8 @@ def main(args, folder_known):
     # ------------------------------------------------------------ TRAIN THE BASE ON (control)
     if args.longer:
         longer = Flow(copy.deepcopy(flow.network), flow.scheduler, args.device)
-        loss, key = flow_objective(longer, pictures["train"], args.batch), (args.seed, "longer")
-        updates = max(1, round(sum(cost.values()) / update_flops(longer.network, loss)))
+        loss, key = flows.flow_objective(longer, pictures["train"], args.batch), (args.seed, "longer")
+        updates = max(1, round(sum(cost.values()) / flows.update_flops(longer.network, loss)))
         for _ in fit(longer.network, loss, updates, args.longer_lr, key, state["longer"], args.checkpoint_every):
             checkpoint()
         print(f"  control    base trained on for {updates} updates, as many FLOPs as inversion and corrector took", flush=True)
@@ -542,7 +477,7 @@ def main(args, folder_known):
     floor = frechet_distance(reference, features(pictures["floor"]))
     n, corrected = args.steps, count_flops(lambda: euler_sample(flow.velocity, corrector(eps), sigmas))
     matched = math.ceil(corrected / call)  # steps of the base that cost as much as a corrected sample, or a little more
-    steps = sorted({n, *(numbers(args, "eval_steps") or (matched, 2 * n, 4 * n))})
+    steps = sorted({n, *(common.numbers(args, "eval_steps", *LISTS["eval_steps"]) or (matched, 2 * n, 4 * n))})
     starts = {"scale only": lambda eps: scale * eps}
     if law:
         gaussian = Corrector(None, settings, law)
@@ -550,10 +485,13 @@ def main(args, folder_known):
         starts["gaussian"] = gaussian.destandardise
         starts["gaussian, norms matched"] = lambda eps: gaussian.destandardise(match_norms(eps, norms))
     starts["corrector"] = corrector
-    for m in numbers(args, "eval_corrector_steps"):
+    for m in common.numbers(args, "eval_corrector_steps", *LISTS["eval_corrector_steps"]):
         starts[f"corrector, M = {m}"] = lambda eps, m=m: corrector(eps, m)
     arms = [("base", flow, k, args.grid_power if k == n else 1.0, torch.clone) for k in steps]
-    arms += [(f"base, grid power {power:g}", flow, matched, power, torch.clone) for power in numbers(args, "eval_powers")]
+    arms += [
+        (f"base, grid power {power:g}", flow, matched, power, torch.clone)
+        for power in common.numbers(args, "eval_powers", *LISTS["eval_powers"])
+    ]
     if args.longer:
         arms += [("base trained on", longer, k, args.grid_power, torch.clone) for k in sorted({n, matched})]
     arms += [(name, flow, n, args.grid_power, start) for name, start in starts.items()]
@@ -578,19 +516,14 @@ def main(args, folder_known):
     common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
     show.save_frechet_curve(folder / "curve.png", results["table"], floor)
     show.save_noises(folder / "noise.png", laws, results["noise"])
-    kept = [row for row in rows if "," not in row["arm"] and row["arm"] != "base trained on"]
-    strips = {"data": pictures["floor"][:SHOWN]} | {f"{row['arm']}, {row['steps']} steps": row["pictures"] for row in kept}
+    strips = {"data": pictures["floor"][:SHOWN]}
+    strips |= {f"{row['arm']}, {row['steps']} steps": row["pictures"] for row in rows if row["arm"] in MAIN_ARMS}
     show.save_strips(folder / "grid.png", strips | {f"noise: {name}": z[:SHOWN] / 3 for name, z in laws.items()})
     show.print_correction(results)
-    print(
-        f"\n{state['seconds']:.0f} s. In {folder}: corrector/, results.json, metrics.csv, curve.png, grid.png, noise.png. To use the corrector:\n"
-    )
+    files = "corrector/, results.json, metrics.csv, curve.png, grid.png, noise.png"
+    print(f"\n{state['seconds']:.0f} s. In {folder}: {files}. To use the corrector:\n")
     print(show.corrector_code(args, flow, folder / "corrector"))
 
 
 if __name__ == "__main__":
-    known = []
-    with common.exit_on_error(
-        lambda: f"Continue with: python inverse_noise_correction.py --resume {known[0]}" if known else "Nothing was written."
-    ):
-        main(common.parse_arguments(Args), known.append)
+    common.run_script(main, Args)

@@ -15,6 +15,7 @@ steps always start at sigma = 1); the policy reads the token states, or the pool
 by default only mu is learnt, which gained as much at half the KL on validation prompts (--no-mean_only: sigma too).
 """
 
+import contextlib
 import inspect
 import json
 import math
@@ -69,6 +70,8 @@ class Args:
 
     model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a Stable Diffusion 1.x, 2.x, XL or 3.x pipeline
     t5: bool = True  # SD 3: load its third text encoder; --no-t5: 10 GB less, long prompts are read less well
+    lora: str = ""  # run of graft.py or pgraft.py: the frozen model is its tuned one
+    switch_timestep: float | None = None  # the LoRA is off in steps that start here or below (pgraft.json's; of graft.py none)
     prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
     eval_samples: int = 4  # pictures per held-out prompt
@@ -237,23 +240,30 @@ def draw_noise(seeds, shape, dtype):
 
 
 @torch.no_grad()
-def sample(model, z, text, steps, guidance):
-    """DDIM with eta 0 (arXiv 2010.02502, equation 12), which of a flow is Euler's step.
-    z: (batch, c, h, w) -> clean latents x_0 (batch, c, h, w), float32."""
+def sample(model, z, text, steps, guidance, switch=None):
+    """DDIM with eta 0 (arXiv 2010.02502, equation 12), which of a flow is Euler's step. z: (batch, c, h, w) -> clean latents
+    x_0 (batch, c, h, w), float32. switch: of a model with a LoRA the timestep above which steps start that it takes."""
     grid = model.timesteps(steps)
     times = torch.tensor(grid, device=model.device)  # one transfer, none inside the loop
     x = z.to(model.device, model.dtype).float()
-    for k, t in enumerate(grid):
-        alpha, sigma = model.alpha_sigma(t)
-        alpha_next, sigma_next = model.alpha_sigma(grid[k + 1] if k + 1 < len(grid) else -1)
-        prediction = guided_prediction(model, x, times[k], text, guidance)
-        if model.prediction_type == "epsilon":
-            x_0, eps = (x - sigma * prediction) / alpha, prediction
-        elif model.prediction_type == "v_prediction":  # v = alpha eps - sigma x_0
-            x_0, eps = alpha * x - sigma * prediction, alpha * prediction + sigma * x
-        else:  # a flow's velocity eps - x_0
-            x_0, eps = x - sigma * prediction, x + alpha * prediction
-        x = alpha_next * x_0 + sigma_next * eps
+    lora = contextlib.ExitStack()
+    with lora:
+        if switch is not None:
+            lora.enter_context(model.lora_merged() if grid[0] > switch else model.lora_off())
+        for k, t in enumerate(grid):
+            if switch is not None and k and t <= switch < grid[k - 1]:
+                lora.close()
+                lora.enter_context(model.lora_off())
+            alpha, sigma = model.alpha_sigma(t)
+            alpha_next, sigma_next = model.alpha_sigma(grid[k + 1] if k + 1 < len(grid) else -1)
+            prediction = guided_prediction(model, x, times[k], text, guidance)
+            if model.prediction_type == "epsilon":
+                x_0, eps = (x - sigma * prediction) / alpha, prediction
+            elif model.prediction_type == "v_prediction":  # v = alpha eps - sigma x_0
+                x_0, eps = alpha * x - sigma * prediction, alpha * prediction + sigma * x
+            else:  # a flow's velocity eps - x_0
+                x_0, eps = x - sigma * prediction, x + alpha * prediction
+            x = alpha_next * x_0 + sigma_next * eps
     return x
 
 
@@ -263,7 +273,7 @@ def sample_and_score(model, rewards, prompts, z, steps, args, label, statistics=
     scores, pictures = [], []
     for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
         part = slice(i, i + args.sample_batch)
-        x_0 = sample(model, z[part], model.encode(prompts[part]), steps, args.guidance)
+        x_0 = sample(model, z[part], model.encode(prompts[part]), steps, args.guidance, args.switch_timestep)
         images = model.decode(x_0, label)
         scores.append(score(rewards, images, prompts[part]) | (image_statistics(images) if statistics else {}))
         pictures += [p if i + j < 24 else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
@@ -396,6 +406,10 @@ def prepare(args):
             raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(choices)}")
     if args.mean_only and args.std_only:
         raise InputError("--mean_only --std_only: nothing is left to learn; give --no-mean_only with --std_only")
+    if args.lora:
+        read_lora(args)
+    elif args.switch_timestep is not None:
+        raise InputError(f"--switch_timestep {args.switch_timestep:g}: is of a LoRA; give --lora, the folder of its run")
 
     prompts = common.read_prompts(args.prompts, "--prompts")
     if args.eval_prompts or args.prompts == Args.prompts:
@@ -412,6 +426,23 @@ def prepare(args):
     for reward in rewards:
         reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
     return prompts, held_out, rewards
+
+
+def read_lora(args):
+    """Check --lora and fill in --switch_timestep: that of the run's pgraft.json, else -1 (the LoRA is on in all steps)."""
+    folder, switch = Path(args.lora), Path(args.lora) / "pgraft.json"
+    if not (folder / common.LORA_FILE).is_file():
+        raise InputError(
+            f"--lora {args.lora}: has no {common.LORA_FILE}; give the folder of a finished graft.py or pgraft.py run"
+        )
+    if args.switch_timestep is None and switch.is_file():
+        try:
+            args.switch_timestep = float(json.loads(switch.read_text(encoding="utf-8"))["switch_timestep"])
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{switch}: is damaged; give --switch_timestep") from None
+    args.switch_timestep = -1.0 if args.switch_timestep is None else args.switch_timestep
+    if not -1 <= args.switch_timestep <= 999:
+        raise InputError(f"--switch_timestep {args.switch_timestep:g}: must be between -1 and 999")
 
 
 def schedule_prompts(count, args):
@@ -432,7 +463,7 @@ def describe(args, model, policy, per_iteration, held_out, folder):
     share = numbers / sum(p.numel() for p in model.denoiser.parameters())
     learns = "sigma stays 1" if args.mean_only else "mu stays 0" if args.std_only else "mu and sigma"
     return f"""Noise PPO -> {folder}
-  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}, frozen
+  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}, frozen{f", with the LoRA of {args.lora}" if args.lora else ""}
   policy     {args.policy}, {learns}: {numbers:,} parameters, {share:.1%} of the denoiser's; noise {tuple(model.latent_shape)}
   sampling   {args.iterations} iterations x {per_iteration} prompts x {args.samples} = {args.iterations * pictures} pictures, \
 {args.steps} steps, guidance {args.guidance:g}, reward {args.reward}
@@ -444,6 +475,8 @@ def describe(args, model, policy, per_iteration, held_out, folder):
 def main(args, folder_known):
     prompts, held_out, rewards = prepare(args)
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
+    if args.lora:
+        model.load_lora(args.lora)
     scheduler, spacing = model.pipeline.scheduler, {}
     if model.prediction_type != "flow":
         spacing = {"timestep_spacing": "trailing", "clip_sample": False}
@@ -475,6 +508,7 @@ def main(args, folder_known):
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state["iteration"] + 1)
     begun = time.perf_counter() - state["seconds"]
     settings = {"policy": shape, "model": args.model, "steps": args.steps, "guidance": args.guidance, "reward": args.reward}
+    settings |= {"lora": str(Path(args.lora).resolve()), "switch_timestep": args.switch_timestep} if args.lora else {}
     settings |= {"scheduler": {"class": type(scheduler).__name__, **spacing, "eta": 0.0}}
 
     def checkpoint():
@@ -553,15 +587,28 @@ def main(args, folder_known):
     title = "learnt noise, same random draws (standard noise on the left)"
     common.save_grid(folder / "grid.png", pictures["standard"], pictures["learnt"], held_out, args.eval_samples, title)
     show(folder, state["rows"], results, args)
+    lora, callback = "", ""
+    if args.lora:
+        lora = f"\npipe.load_lora_weights({str(Path(args.lora).resolve())!r})"
+    if args.lora and args.switch_timestep >= 0:
+        callback = ", callback_on_step_end=base_from_the_switch_on"
+        lora += f"""
+
+def base_from_the_switch_on(pipe, i, t, kwargs):  # called after step i
+    if i + 1 == (pipe.scheduler.timesteps > {args.switch_timestep:g}).sum():
+        pipe.disable_lora()
+    return kwargs
+
+pipe.enable_lora()  # before every call: the last one has switched it off"""
     print(f"""
 {state["seconds"]:.0f} s. In {folder}: the policy, results.json, metrics.csv, gain.png, grid.png, curves.png.
 To use it (of this repository only noise_ppo.py is needed):
 
-{model.stock_code('timestep_spacing="trailing", ')}
+{model.stock_code('timestep_spacing="trailing", ')}{lora}
 import sys; sys.path.insert(0, {str(ROOT)!r}); from noise_ppo import NoisePolicy
 policy = NoisePolicy.load({str(folder.resolve())!r}, pipe)
 latents = policy.sample({held_out[0]!r}, torch.Generator().manual_seed({derived_seed("eval", 0, 0)}))
-pipe({held_out[0]!r}, latents=latents, num_inference_steps={args.steps}, guidance_scale={args.guidance}).images[0].save("learnt.png")""")
+pipe({held_out[0]!r}, latents=latents, num_inference_steps={args.steps}, guidance_scale={args.guidance}{callback}).images[0].save("learnt.png")""")
 
 
 def show(folder, rows, results, args):

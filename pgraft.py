@@ -29,30 +29,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import common
+import rewards as show  # what a run prints and writes
 from common import DTYPES, ROOT, InputError, Model, derived_seed
-from rewards import average_hash, diversity, image_statistics, read_rewards, score
+from rewards import average_hash, diversity, image_statistics, read_task, schedule_prompts, score
 
+RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
+DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3 (the stock call's own, but eta: a flow's probe needs some)
+    "steps": (10, 50, 50, 28),
+    "guidance": (1.0, 7.5, 5.0, 7.0),
+    "eta": (1.0, 1.0, 1.0, 0.5),
+    "sample_batch": (64, 8, 4, 4),
+    "micro_batch": (64, 2, 1, 1),
+    "lora_targets": ("all", *["attention"] * 3),
+    "lr": (1e-3, 1e-4, 1e-4, 1e-4),
+    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", *["jpeg_compressibility"] * 3),
+}
 AT_LEAST_ONE = "rounds prompts_per_round samples guidance sample_batch updates batch micro_batch lora_rank".split()
-RULES = ("topk", "preference", "exponential", "threshold", "none")
-DEFAULTS = {  # settings left out on the command line: (embedded shapes model, any other model)
-    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", "jpeg_compressibility"),
-    "steps": (10, 50),
-    "guidance": (1.0, 7.5),
-    "sample_batch": (64, 8),
-    "lora_targets": ("all", "attention"),
-    "lr": (1e-3, 1e-4),
-    "micro_batch": (64, 2),
-    "eta": (1.0, 1.0),
+LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | {
+    "top_k": (1, "samples"),
+    "steps": (1, 999),
+    "eta": (0, 1),
+    "lr": (1e-12, 1),
 }
-FAMILY_DEFAULTS = {  # in place of those of any other model, the stock call's own (but eta: a flow's probe needs some)
-    "StableDiffusionXLPipeline": {"guidance": 5.0, "sample_batch": 4, "micro_batch": 1},
-    "StableDiffusion3Pipeline": {"steps": 28, "guidance": 7.0, "eta": 0.5, "sample_batch": 4, "micro_batch": 1},
-}
+LIMITS |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
+LIMITS |= {"lora_alpha": (1e-6, 1e6), "probe_restarts": (2, 10**9), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
+CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none"), "data": ("x0", "xs")}
 
 
 @dataclass
@@ -153,7 +158,7 @@ def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None
     elif rule == "none":
         mask = torch.ones_like(rewards, dtype=torch.bool)
     else:
-        raise ValueError(f"rule {rule!r} must be one of {', '.join(RULES)}")
+        raise ValueError(f"rule {rule!r} must be one of {', '.join(CHOICES['rule'])}")
     if keys is not None:
         rank = _rank(rewards, torch.rand(rewards.shape, generator=generator).to(rewards.device))
         same = keys[:, :, None] == keys[:, None, :]  # (prompts, samples, samples)
@@ -188,7 +193,7 @@ def implied_kl(num_samples, top_k):
 def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None):
     """KL(accepted || sampled) in nats of a rule on rewards (prompts, samples). topk and preference: equation (3), an upper
     bound if rewards tie; others: from the acceptance probabilities, mean over the prompts that can accept."""
-    if rule in ("topk", "preference"):
+    if rule in RANKING:
         return implied_kl(rewards.shape[1], top_k) if rule == "topk" else implied_kl(2, 1)
     if rule == "none":
         return 0.0
@@ -362,16 +367,6 @@ def recommend(rows, limit):
     return rows[-1]["timestep"], f"the cleanest level: V(t) + s.e. is nowhere at most {limit:g}"
 
 
-def save_probe(path, rows, args):
-    """V(t) with its standard error against the level."""
-    figure = Figure(figsize=(5, 3), layout="constrained")
-    axis = figure.subplots()
-    axis.errorbar(*([row[name] for row in rows] for name in ("switch", "unresolved", "se")), fmt="o-", capsize=3)
-    axis.axhline(args.probe_limit, linestyle=":", color="grey")
-    axis.set(xlabel="level t / T (1: noise)", ylabel=f"V(t) of {args.reward}", ylim=(0, None), xlim=(1, 0))
-    common.save_figure(figure, path)
-
-
 def read_switch(folder):
     """pgraft.json of a run; InputError if there is none or it is damaged."""
     path = Path(folder) / "pgraft.json"
@@ -435,47 +430,21 @@ def evaluate(model, rewards, prompts, args, switch, tuned, label):
     return means, pictures[:24]
 
 
-def paired_table(base, tuned):
-    """Rows {metric, base, tuned, difference, se}; se: the standard error over prompts of the mean paired difference."""
-    rows = []
-    for name in base:
-        change = tuned[name] - base[name]
-        numbers = (base[name].mean(), tuned[name].mean(), change.mean(), change.std() / len(change) ** 0.5)
-        rows.append({"metric": name} | dict(zip(("base", "tuned", "difference", "se"), map(float, numbers))))
-    return rows
-
-
 # ================================================================ the run
 
 
 def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
-    embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
-    of_family = FAMILY_DEFAULTS.get(common.check_model_name(args.model), {})
-    for name, (for_shapes, for_others) in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, for_shapes if embedded else of_family.get(name, for_others))
-    args.device = common.check_device(args.device, args.dtype)
-    common.check_output(args.output, args.resume)
-    limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"top_k": (1, args.samples), "steps": (1, 999), "eta": (0, 1)}
-    limits |= {"probe_restarts": (2, 10**9), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
-    limits |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
-    for name, (least, most) in (limits | {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6)}).items():
-        if not least <= getattr(args, name) <= most:
-            raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
+    common.complete(args, DEFAULTS, LIMITS, CHOICES)
     if args.batch % min(args.micro_batch, args.batch):
         raise InputError(f"--micro_batch {args.micro_batch}: must divide --batch {args.batch}")
-    for name, choices in {"reference": ("newest", "base"), "rule": RULES, "data": ("x0", "xs")}.items():
-        if getattr(args, name) not in choices:
-            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(choices)}")
     if args.rule == "threshold" and args.threshold is None:
         raise InputError("--rule threshold needs --threshold, the least reward to accept")
     if args.rule == "exponential" and not (args.beta or 0) > 0:
         raise InputError("--rule exponential needs --beta above 0, in units of the reward")
     if args.rule == "preference" and args.samples % 2:
         raise InputError(f"--samples {args.samples}: must be even for --rule preference")
-
     if args.probe and args.evaluate:
         raise InputError("--probe --evaluate: the probe is of the base model and trains nothing; give one of the two")
     probes = args.probe or args.switch == "auto" and not args.evaluate
@@ -490,21 +459,7 @@ def prepare(args):
     if args.evaluate and args.switch == "auto":
         read_switch(args.evaluate)
 
-    prompts = common.read_prompts(args.prompts, "--prompts")
-    if args.eval_prompts or args.prompts == Args.prompts:
-        held_out = common.read_prompts(args.eval_prompts or str(ROOT / "shapes" / "prompts_eval.txt"), "--eval_prompts")
-    else:
-        prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
-    if not prompts or len(held_out) < 2:
-        raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
-    common.warn_of_overlap(prompts, held_out)
-    rewards = read_rewards(args.reward, args.eval_rewards)
-    for reward in rewards:
-        reward.check_prompts(prompts, "--prompts")
-        reward.check_prompts(held_out, "--eval_prompts")
-    for reward in rewards:
-        reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
-    return prompts, held_out, rewards
+    return read_task(args)
 
 
 def _number(text):
@@ -512,37 +467,6 @@ def _number(text):
         return float(text)
     except ValueError:
         return math.nan
-
-
-def schedule_prompts(count, args):
-    """For each round the indices of its prompts: slices of a random order of all prompts, of a new one when too few are left."""
-    per_round = min(args.prompts_per_round, count)
-    rounds = []
-    for r in range(args.rounds):
-        order, place = divmod(r, count // per_round)
-        generator = torch.Generator().manual_seed(derived_seed(args.seed, "prompts", order))
-        rounds.append(torch.randperm(count, generator=generator)[place * per_round : (place + 1) * per_round].tolist())
-    return rounds
-
-
-def describe(args, model, parameters, per_round, held_out, folder):
-    """The checked, derived settings."""
-    rule, kl = args.rule, "estimated in every round"
-    if rule in ("topk", "preference"):
-        rule = f"{args.top_k} best of {args.samples}" if rule == "topk" else "better of two"
-        kl = f"{estimated_kl(torch.zeros(1, args.samples), args.rule, top_k=args.top_k):.2f} nats at most (ties lower it)"
-    of = "base" if args.reference == "base" or args.rounds == 1 else "model of the round"
-    guided = "" if args.guidance == 1 else ", guided loss" if args.guided_loss else ", conditional loss"
-    switch = f"chosen by probing {args.probe_prompts} prompts x 2 states x {args.probe_restarts} restarts at each level"
-    return f"""P-GRAFT -> {folder}
-  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}
-  LoRA       rank {args.lora_rank}, alpha {args.lora_alpha:g}, {args.lora_targets}: {sum(p.numel() for p in parameters):,} parameters
-  sampling   {args.rounds} rounds x {per_round} prompts x {args.samples} = {args.rounds * per_round * args.samples} pictures, \
-{args.steps} steps, guidance {args.guidance:g}, eta {args.eta:g}
-  acceptance {rule} by {args.reward}; KL(accepted || {of}) {kl}
-  switch     {switch if args.switch == "auto" else args.switch}; trained on {args.data} noised to the levels above it
-  update     {args.rounds} rounds x {args.updates} = {args.rounds * args.updates} updates x {args.batch} pictures, lr {args.lr:g}{guided}
-  evaluation {len(held_out)} held-out prompts x {args.eval_samples} pictures, base and tuned on the same seeds"""
 
 
 def main(args, folder_known):
@@ -560,10 +484,13 @@ def main(args, folder_known):
         model.denoiser.enable_gradient_checkpointing()
     optimizer = common.make_adamw(parameters, args.lr, args.optimizer_8bit)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    schedule = schedule_prompts(len(prompts), args)
+    schedule = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
     folder = common.make_run_folder(args, "pgraft", args.model, args.seed)
     folder_known(folder)
-    print(describe(args, model, parameters, len(schedule[0]), held_out, folder), flush=True)
+    kl = estimated_kl(torch.zeros(1, args.samples), args.rule, top_k=args.top_k) if args.rule in RANKING else None
+    probed = f"chosen by probing {args.probe_prompts} prompts x 2 states x {args.probe_restarts} restarts at each level"
+    level = f"  switch     {args.switch if switch else probed}; trained on {args.data} noised to the levels above it\n"
+    print(show.describe(f"P-GRAFT -> {folder}", args, model, len(schedule[0]), held_out, kl, level), flush=True)
 
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
     model.remember(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
@@ -590,8 +517,8 @@ def main(args, folder_known):
             with model.lora_off():
                 state["probe"] = probe(model, rewards[0], [prompts[i] for i in order[: args.probe_prompts]], args)
             checkpoint()
-        common.write_csv(folder / "probe.csv", state["probe"])
-        save_probe(folder / "probe.png", state["probe"], args)
+        show.write_csv(folder / "probe.csv", state["probe"])
+        show.save_probe(folder / "probe.png", state["probe"], args.probe_limit, args.reward)
         switch, reason = recommend(state["probe"], args.probe_limit)
         print("\n  step  timestep  --switch   V(t)   s.e.   (the share of the reward that the state leaves open)")
         for row in state["probe"]:
@@ -630,7 +557,7 @@ def main(args, folder_known):
             keys = average_hash(pictures).view(-1, args.samples) if args.dedup else None
             mask = accept(table, args.rule, **options, reward_max=args.reward_max, keys=keys, generator=generator)
             groups = table.view(len(table), -1, 2 if args.rule == "preference" else args.samples)  # what a rule ranks
-            flat = (groups.amax(2) == groups.amin(2)) & (args.rule in ("topk", "preference"))  # no reward differs
+            flat = (groups.amax(2) == groups.amin(2)) & (args.rule in RANKING)  # no reward differs
             if not args.accept_flat:
                 mask &= ~flat.repeat_interleave(groups.shape[2], 1)
             index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
@@ -645,7 +572,7 @@ def main(args, folder_known):
             row |= {name: values.mean().item() for name, values in scores.items() if name != args.reward}
             state["rows"].append(row)
             if args.save_accepted:
-                save_accepted(folder / "accepted", model, state["accepted"], prompts, args)
+                show.save_accepted(folder / "accepted", model, x_0[index], state["accepted"], prompts, args.sample_batch)
             checkpoint()
 
         # -------------------------------------------------------- UPDATE
@@ -685,30 +612,19 @@ def main(args, folder_known):
         if r + 1 == args.rounds or args.eval_every and (r + 1) % args.eval_every == 0:
             state["tuned"], pictures = evaluate(model, rewards, held_out, args, switch_at, True, f"evaluate {r + 1}")
             row["reward_held_out"] = state["tuned"][args.reward].mean().item()
-            common.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
+            show.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
         state["losses"] += losses
         state["round"] = r + 1
         save_switch(folder, model, switch, args)
         model.save_lora(folder)
-        common.write_csv(folder / "metrics.csv", state["rows"])
-        common.save_curves(folder / "curves.png", state["rows"], state["losses"], base[args.reward].mean().item(), args.reward)
-        for name, value in row.items():
-            writer.add_scalar(name, value, r + 1)
+        show.write_metrics(folder, writer, state, base, args.reward)
         checkpoint()
-        left = state["seconds"] / state["round"] * (args.rounds - state["round"])
-        rates = f"{row['acceptance_rate']:.1%}; {row['flat_groups']:.0%} of groups without signal"
-        rewarded = f"reward {row['reward_sampled']:.3f}, accepted {row['reward_accepted']:.3f} ({rates})"
-        held = f"held-out {row['reward_held_out']:.3f}, loss {row['loss']:.4f}"
-        print(f"  round {r + 1}/{args.rounds}  {rewarded}, {held}, {speed}{left:.0f} s left", flush=True)
+        show.print_round(state, args.rounds, speed)
     writer.close()
 
     # ------------------------------------------------------------ SHOW
-    table = paired_table(base, state["tuned"])
     where = {"steps": args.steps, "switch_at": switch_at, "switch_timestep": switch, "probe": state.get("probe")}
-    common.write_atomically(
-        folder / "results.json", json.dumps({"table": table, "seconds": state["seconds"], **where}, indent=2) + "\n"
-    )
-    print_table(table, args)
+    show.write_results(folder, base, state["tuned"], args.reward, state["seconds"], **where)
     print(
         f"\n{state['seconds']:.0f} s. In {folder}: LoRA, pgraft.json, results.json, metrics.csv, grid.png, curves.png. To use it:\n"
     )
@@ -731,26 +647,17 @@ def evaluate_run(args, model, grid, held_out, rewards, folder_known):
     print(f"  tuned model for {switch_at} of {args.steps} steps, base model from timestep {switch:g} on", flush=True)
     base, base_pictures = evaluate(model, rewards, held_out, args, switch_at, False, "evaluate base")
     tuned, pictures = evaluate(model, rewards, held_out, args, switch_at, True, "evaluate tuned")
-    common.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
-    table, seconds = paired_table(base, tuned), time.perf_counter() - begun
-    results = {"table": table, "seconds": seconds, "steps": args.steps, "switch_at": switch_at, "switch_timestep": switch}
-    common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    print_table(table, args)
+    show.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
+    seconds, where = time.perf_counter() - begun, {"steps": args.steps, "switch_at": switch_at, "switch_timestep": switch}
+    show.write_results(folder, base, tuned, args.reward, seconds, **where)
     print(f"\n{seconds:.0f} s. In {folder}: results.json, grid.png. To use the LoRA:\n")
     print_snippet(model, Path(args.evaluate).resolve(), given, held_out[0], args)
-
-
-def print_table(table, args):
-    """Base and tuned, every metric."""
-    print(f"\n{'held-out prompts':<34}{'base':>9}{'tuned':>9}{'difference':>12}   s.e.   ({args.reward} was optimised)")
-    for row in table:
-        print("{metric:<34}{base:>9.3f}{tuned:>9.3f}{difference:>+12.3f}  {se:.3f}".format(**row))
 
 
 def print_snippet(model, weights, switch, prompt, args):
     """The evaluation's first picture in stock diffusers. weights: folder of the LoRA; switch: a timestep, None: pgraft.json's."""
     level = switch or f'json.load(open({str(weights / "pgraft.json")!r}))["switch_timestep"]'
-    print(f"""import json; {model.stock_code()}
+    print(f"""import json; {show.stock_code(model)}
 pipe.load_lora_weights({str(weights)!r})
 switch = {level}
 
@@ -760,26 +667,8 @@ def base_from_the_switch_on(pipe, i, t, kwargs):  # called after step i
     return kwargs
 
 pipe.enable_lora()  # before every call: the last one has switched it off
-{model.stock_call(prompt, args, ", callback_on_step_end=base_from_the_switch_on")}""")
-
-
-def save_accepted(folder, model, rounds, prompts, args):
-    """Write the newest round's accepted pictures, then the metadata.jsonl (file_name, text, reward) of all rounds."""
-    folder.mkdir(exist_ok=True)
-    rows = []
-    for r, accepted in enumerate(rounds):
-        for j, (prompt, reward) in enumerate(zip(accepted["prompt"].tolist(), accepted["reward"].tolist())):
-            rows.append({"file_name": f"round{r + 1:03d}_{j:06d}.png", "text": prompts[prompt], "reward": reward})
-    latents, new = rounds[-1]["x_0"], rows[-len(rounds[-1]["x_0"]) :]
-    for i in range(0, len(new), args.sample_batch):
-        for row, image in zip(new[i:], model.decode(latents[i : i + args.sample_batch])):
-            image.save(folder / row["file_name"])
-    common.write_atomically(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+{show.stock_call(model, prompt, args, ", callback_on_step_end=base_from_the_switch_on")}""")
 
 
 if __name__ == "__main__":
-    known = []
-    with common.exit_on_error(
-        lambda: f"Continue with: python pgraft.py --resume {known[0]}" if known else "Nothing was written."
-    ):
-        main(common.parse_arguments(Args), known.append)
+    common.run_script(main, Args)

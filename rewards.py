@@ -1,4 +1,6 @@
-"""Rewards: `reward(images, prompts) -> tensor`. images: list of n PIL pictures, prompts: list of n strings, result: float32
+"""What is asked for, how it is judged, how it is shown: prompts, rewards, metrics, and a run's tables, pictures and code.
+
+A reward is a function, `reward(images, prompts) -> tensor`. images: list of n PIL pictures, prompts: list of n strings, result: float32
 tensor (n,), larger is better. A reward may be anything: no gradient is needed.
 
 On the command line (--reward, --eval_rewards) a reward is a name from REWARDS or MODELS, a model's name with a checkpoint of
@@ -6,10 +8,13 @@ your own, `clip(folder or hub id)`, a function of your own, `path/to/file.py:fun
 "0.7*pickscore+0.3*my.py:score". Nothing inside parentheses is split: "0.5*(c++/my.py:score)+clip(models/a+b)".
 """
 
+import csv
 import functools
 import importlib.util
 import io
+import json
 import math
+import sys
 import traceback
 from pathlib import Path
 
@@ -19,7 +24,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-from common import DTYPES, ROOT, InputError, check_device, derived_seed, save_figure
+from common import DTYPES, ROOT, InputError, check_device, derived_seed, write_atomically
 from shapes import flow_data
 from shapes.check import check
 from shapes.flow import asked_levels
@@ -438,7 +443,114 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum() - 2 * cross).item()
 
 
-# ---------------------------------------------------------------- initial noises; what inverse_noise_correction.py prints and draws
+# ---------------------------------------------------------------- prompts
+
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
+
+
+def read_task(args) -> tuple[list[str], list[str], list[Reward]]:
+    """(training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported. InputError before any loads."""
+    prompts = read_prompts(args.prompts, "--prompts")
+    if args.eval_prompts or args.prompts == type(args).prompts:
+        held_out = read_prompts(args.eval_prompts or str(ROOT / "shapes" / "prompts_eval.txt"), "--eval_prompts")
+    else:
+        prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
+    if not prompts or len(held_out) < 2:
+        raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
+    warn_of_overlap(prompts, held_out)
+    rewards = read_rewards(args.reward, args.eval_rewards)
+    for reward in rewards:
+        reward.check_prompts(prompts, "--prompts")
+        reward.check_prompts(held_out, "--eval_prompts")
+    for reward in rewards:
+        reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
+    return prompts, held_out, rewards
+
+
+def read_prompts(file: str, flag: str) -> list[str]:
+    """Prompts of a .txt file (one a line), or of a column of a .csv, .tsv or .jsonl file, in order; InputError if there are none.
+
+    The column is given as file.csv:column; left out, it is the first of PROMPT_COLUMNS there is, in capitals or not. A .tsv
+    file has no quoting: in PartiPrompts.tsv a quotation mark at the start belongs to the prompt.
+    """
+    name, _, column = file.rpartition(":")
+    if Path(name).suffix not in (".csv", ".tsv", ".jsonl"):
+        name, column = file, ""
+    path, kind = Path(name), Path(name).suffix
+    if kind not in (".txt", ".csv", ".tsv", ".jsonl"):
+        raise InputError(
+            f"{flag} {file}: give a .txt file (one prompt a line), or .csv, .tsv or .jsonl with a column `prompt`"
+        )
+    if not path.is_file():
+        raise InputError(f"{flag} {file}: no such file")
+    lines = []
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True), 1):
+        try:
+            lines.append(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise InputError(f"{flag} {file}: line {number} is not UTF-8; save the file as UTF-8") from None
+    if kind == ".txt":
+        prompts = lines
+    elif kind == ".jsonl":
+        prompts = []
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    column = column or choose_column(row.keys())
+                    prompts.append(row[column] + "")
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise InputError(f'{flag} {file}: line {number} is not {{"{column or "prompt"}": "..."}}') from None
+    else:
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
+        try:
+            reader = csv.DictReader(lines, **options)
+            columns, rows = reader.fieldnames or [], list(reader)
+        except csv.Error as error:
+            raise InputError(f"{flag} {file}: is no proper {kind} file ({error})") from None
+        chosen = column or choose_column(columns)
+        if rows and chosen not in columns:
+            raise InputError(
+                f"{flag} {file}: no column {chosen or 'prompt'!r} in the first line, which has {', '.join(columns)}; "
+                f"choose one as {path.name}:column"
+            )
+        prompts = [row[chosen] or "" for row in rows]
+    prompts = [" ".join(part.strip() for part in p.split("\n")).strip() for p in prompts]
+    prompts = [p for p in prompts if p]
+    if not prompts:
+        raise InputError(f"{flag} {file}: holds no prompt")
+    return prompts
+
+
+def choose_column(columns) -> str | None:
+    """The first of PROMPT_COLUMNS among the names, whether in capitals or not."""
+    named = {c.strip().lower(): c for c in reversed(list(columns))}
+    return next((named[p] for p in PROMPT_COLUMNS if p in named), None)
+
+
+def warn_of_overlap(prompts: list[str], held_out: list[str]) -> None:
+    """Print a warning if prompts are trained on and held out at once."""
+    trained = {p.casefold() for p in prompts}
+    both = [p for p in held_out if p.casefold() in trained]
+    if both:
+        print(
+            f"warning: {len(both)} of the {len(held_out)} held-out prompts are trained on as well, {both[0]!r} for one; "
+            "what is reported as held out is then not quite",
+            file=sys.stderr,
+        )
+
+
+def schedule_prompts(count: int, per_round: int, rounds: int, seed: int) -> list[list[int]]:
+    """For each round the indices of its prompts: slices of a random order of all prompts, of a new one when too few are left."""
+    per_round, schedule = min(per_round, count), []
+    for r in range(rounds):
+        order, place = divmod(r, count // per_round)
+        generator = torch.Generator().manual_seed(derived_seed(seed, "prompts", order))
+        schedule.append(torch.randperm(count, generator=generator)[place * per_round : (place + 1) * per_round].tolist())
+    return schedule
+
+
+# ---------------------------------------------------------------- statistics of initial noises
 
 
 def noise_statistics(z: torch.Tensor) -> dict[str, float]:
@@ -463,6 +575,193 @@ def noise_statistics(z: torch.Tensor) -> dict[str, float]:
         "energy_correlation_1": neighbours(energy, 1),  # of neighbours' squares: that correlation squared for any Gaussian
         "energy_correlation_2": neighbours(energy, 2),
     }
+
+
+# ---------------------------------------------------------------- a run's settings, tables, pictures, code
+
+
+def paired_table(base: dict, tuned: dict, columns: tuple = ("base", "tuned", "difference")) -> list[dict]:
+    """Rows {metric, *columns, se} of {metric: (prompts,)}; se: the standard error over prompts of the mean paired difference."""
+    rows = []
+    for name in base:
+        change = tuned[name] - base[name]
+        numbers = (base[name].mean(), tuned[name].mean(), change.mean(), change.std() / len(change) ** 0.5)
+        rows.append({"metric": name} | dict(zip((*columns, "se"), map(float, numbers))))
+    return rows
+
+
+def write_results(folder: Path, base: dict, tuned: dict, reward: str, seconds: float, **more) -> None:
+    """results.json with the paired table of {metric: (prompts,)} and `more`; the table is printed."""
+    table = paired_table(base, tuned)
+    write_atomically(folder / "results.json", json.dumps({"table": table, "seconds": seconds, **more}, indent=2) + "\n")
+    print_table(table, "held-out prompts", f"   ({reward} was optimised)")
+
+
+def print_table(table: list[dict], title: str, remark: str = "") -> None:
+    """What paired_table returned."""
+    _, first, second, *_ = table[0]
+    print(f"\n{title:<34}{first:>9}{second:>9}{'difference':>12}   s.e.{remark}")
+    for metric, one, other, difference, se in (row.values() for row in table):
+        print(f"{metric:<34}{one:>9.3f}{other:>9.3f}{difference:>+12.3f}  {se:.3f}")
+
+
+def describe(title: str, args, model, per_round: int, held_out: list, kl: float | None, more: str = "") -> str:
+    """The checked, derived settings of a run that accepts and tunes a LoRA. kl: nats, None if the rewards decide; more: a line."""
+    rule = {"topk": f"{args.top_k} best of {args.samples}", "preference": "better of two"}.get(args.rule, args.rule)
+    kl = "estimated in every round" if kl is None else f"{kl:.2f} nats at most (ties lower it)"
+    of = "base" if args.reference == "base" or args.rounds == 1 else "model of the round"
+    guided = "" if args.guidance == 1 else ", guided loss" if args.guided_loss else ", conditional loss"
+    numbers = sum(p.numel() for p in model.lora().values())
+    return f"""{title}
+  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}
+  LoRA       rank {args.lora_rank}, alpha {args.lora_alpha:g}, {args.lora_targets}: {numbers:,} parameters
+  sampling   {args.rounds} rounds x {per_round} prompts x {args.samples} = {args.rounds * per_round * args.samples} pictures, \
+{args.steps} steps, guidance {args.guidance:g}, eta {args.eta:g}
+  acceptance {rule} by {args.reward}; KL(accepted || {of}) {kl}
+{more}  update     {args.rounds} rounds x {args.updates} = {args.rounds * args.updates} updates x {args.batch} pictures, lr {args.lr:g}{guided}
+  evaluation {len(held_out)} held-out prompts x {args.eval_samples} pictures, base and tuned on the same seeds"""
+
+
+def write_metrics(folder: Path, writer, state: dict, base: dict, reward: str) -> None:
+    """metrics.csv and curves.png of all rounds; the newest goes to the tensorboard `writer`. base: the base's {metric: (prompts,)}."""
+    write_csv(folder / "metrics.csv", state["rows"])
+    save_curves(folder / "curves.png", state["rows"], state["losses"], base[reward].mean().item(), reward)
+    for name, value in state["rows"][-1].items():
+        writer.add_scalar(name, value, state["round"])
+
+
+def print_round(state: dict, rounds: int, speed: str) -> None:
+    """One line on the newest of the rounds."""
+    row, left = state["rows"][-1], state["seconds"] / state["round"] * (rounds - state["round"])
+    rates = f"{row['acceptance_rate']:.1%}; {row['flat_groups']:.0%} of groups without signal"
+    rewarded = f"reward {row['reward_sampled']:.3f}, accepted {row['reward_accepted']:.3f} ({rates})"
+    held = f"held-out {row['reward_held_out']:.3f}, loss {row['loss']:.4f}"
+    print(f"  round {state['round']}/{rounds}  {rewarded}, {held}, {speed}{left:.0f} s left", flush=True)
+
+
+def save_accepted(folder: Path, model, latents: torch.Tensor, rounds: list[dict], prompts: list[str], batch: int) -> None:
+    """Write the newest round's accepted pictures from their clean latents (n, c, h, w), then the metadata.jsonl (file_name,
+    text, reward) of all rounds. rounds: {prompt, reward}, each (n,), of every round; with {sample} the names hold both numbers."""
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for r, accepted in enumerate(rounds):
+        places = [f"{i:06d}" for i in range(len(accepted["prompt"]))]
+        if "sample" in accepted:  # so that no two shards use the same name
+            places = [
+                f"{prompt:06d}_{sample:03d}"
+                for prompt, sample in zip(*(accepted[name].tolist() for name in ("prompt", "sample")))
+            ]
+        for place, prompt, reward in zip(places, accepted["prompt"].tolist(), accepted["reward"].tolist()):
+            rows.append({"file_name": f"round{r + 1:03d}_{place}.png", "text": prompts[prompt], "reward": reward})
+    new = rows[-len(latents) :]
+    for i in range(0, len(new), batch):
+        for row, image in zip(new[i:], model.decode(latents[i : i + batch])):
+            image.save(folder / row["file_name"])
+    write_atomically(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Atomically write rows with the first row's columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+def save_grid(
+    path: Path,
+    base: list,
+    tuned: list,
+    prompts: list[str],
+    per_prompt: int,
+    title: str = "tuned, same seeds (base on the left)",
+) -> None:
+    """Up to six prompts, one a row: left the base's pictures, right the tuned model's with the same seeds. Lists prompt by prompt."""
+    rows = min(6, len(prompts), len(base) // per_prompt)
+    figure = Figure(figsize=(2.2 * per_prompt, 1.35 * rows))
+    axes = figure.subplots(rows, 2 * per_prompt, squeeze=False)
+    for r in range(rows):
+        for c in range(per_prompt):
+            axes[r, c].imshow(base[r * per_prompt + c])
+            axes[r, per_prompt + c].imshow(tuned[r * per_prompt + c])
+        axes[r, 0].set_title(prompts[r], fontsize=8, loc="left")
+    axes[0, per_prompt].set_title(title, fontsize=8, loc="left")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    save_figure(figure, path)
+
+
+def save_curves(path: Path, rows: list[dict], losses: list[float], base: float, reward: str) -> None:
+    """Reward by round of the accepted, the sampled and the held-out pictures (round 0: the base's); loss by update."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in ("accepted", "sampled"):
+        left.plot([r["round"] for r in rows], [r[f"reward_{name}"] for r in rows], "o-", label=name)
+    held_out = {0: base} | {r["round"]: r["reward_held_out"] for r in rows}
+    held_out = {k: v for k, v in held_out.items() if not np.isnan(v)}
+    left.plot(held_out.keys(), held_out.values(), "s-", label="held out, after the round")
+    left.set(xlabel="round", ylabel=reward, xticks=[r["round"] for r in rows])
+    left.legend()
+    right.plot(losses, linewidth=0.8)
+    right.set(xlabel="update", ylabel="denoising loss")
+    save_figure(figure, path)
+
+
+def save_panels(path: Path, panels: list[tuple[str, str, dict]], log_x: bool = False) -> None:
+    """Panels side by side, each (x label, y label, {line: (x, y) or (x, y, standard errors)}); NaN values are left out."""
+    figure = Figure(figsize=(4.5 * len(panels), 3), layout="constrained")
+    for axis, (x_label, y_label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for label, columns in lines.items():
+            kept = zip(*(point for point in zip(*columns) if not np.isnan(point[1])))
+            axis.errorbar(*kept, fmt="o-", markersize=3, linewidth=1, capsize=2, label=label)
+        axis.set(xlabel=x_label, ylabel=y_label)
+        if log_x:
+            ticks = sorted({x for columns in lines.values() for x in columns[0]})
+            axis.set(xscale="log", xticks=ticks, xticklabels=ticks)
+            axis.minorticks_off()
+        axis.legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def save_probe(path: Path, rows: list[dict], limit: float, reward: str) -> None:
+    """V(t) of P-GRAFT's probe with its standard error against the level."""
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.errorbar(*([row[name] for row in rows] for name in ("switch", "unresolved", "se")), fmt="o-", capsize=3)
+    axis.axhline(limit, linestyle=":", color="grey")
+    axis.set(xlabel="level t / T (1: noise)", ylabel=f"V(t) of {reward}", ylim=(0, None), xlim=(1, 0))
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Atomically write a figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    write_atomically(path, buffer.getvalue())
+
+
+def stock_code(model, more: str = "") -> str:
+    """Lines of Python that load the model in stock diffusers as `pipe`; more: options of the DDIM scheduler."""
+    name, flow = str(Path(model.name).resolve()) if Path(model.name).exists() else model.name, model.prediction_type == "flow"
+    options = f"dtype={model.dtype}" + "".join(f", {key}=None" for key in model.left_out)
+    lines = ["import torch; from diffusers import " + ("" if flow else "DDIMScheduler, ") + model.family]
+    lines += [f"pipe = {model.family}.from_pretrained({name!r}, {options}).to({model.device!r})"]
+    ddim = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {more}clip_sample=False)"
+    return "\n".join(lines if flow else [*lines, ddim])
+
+
+def stock_call(model, prompt: str, args, more: str = "") -> str:
+    """The call that makes the evaluation's first picture; more: further arguments. Stock flows know no eta."""
+    eta, remark = f"eta={args.eta}, ", ""
+    if model.prediction_type == "flow":
+        eta, remark = "", "# the stock flow is deterministic: not the picture of this run\n" if args.eta else ""
+    call = f"pipe({prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, {eta}"
+    generator = f"generator=torch.Generator().manual_seed({derived_seed('eval', 0, 0)})"
+    return f'{remark}{call}{generator}{more}).images[0].save("tuned.png")'
+
+
+# ---------------------------------------------------------------- the same for inverse_noise_correction.py
 
 
 def save_noises(path: Path, noises: dict[str, torch.Tensor], statistics: dict[str, dict]) -> None:

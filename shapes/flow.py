@@ -9,9 +9,7 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -224,28 +222,3 @@ def check_network(spec, size, flag):
         raise InputError(f"{flag} {spec}: the layers of a token network have one width, as in token:64,64")
     if kind == "unet" and size % 2 ** (len(widths) - 1):
         raise InputError(f"{flag} {spec}: {len(widths)} levels need a size that {2 ** (len(widths) - 1)} divides")
-
-
-# ---------------------------------------------------------------- pictures of a folder
-
-
-def find_pictures(folder):
-    """The picture files in the folder and the folders in it, in order of their names; InputError if there is no such folder."""
-    if not Path(folder).is_dir():
-        raise InputError(f"--data {folder}: no such folder")
-    return sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-
-
-def read_pictures(files, shape):
-    """(n, *shape) in [-1, 1], grey if shape has one channel: the middle square of every picture, resized. InputError names a bad file."""
-    pictures = []
-    for file in tqdm(files, desc="read pictures", leave=False, mininterval=1):
-        try:
-            image = Image.open(file).convert("L" if shape[0] == 1 else "RGB")
-        except Exception as error:  # PIL raises many kinds for a damaged file
-            raise InputError(f"--data {file}: cannot be read ({error})") from None
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize(shape[1:], Image.Resampling.LANCZOS)
-        pictures.append(torch.from_numpy(np.array(image)).view(*shape[1:], shape[0]).permute(2, 0, 1) / 127.5 - 1)
-    return torch.stack(pictures)

@@ -9,7 +9,7 @@ import torch
 from conftest import assert_one_line, run_inside, run_script
 
 import common
-from common import read_prompts
+from rewards import read_prompts
 
 FILES = {
     "empty.txt": b"",

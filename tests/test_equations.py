@@ -2,7 +2,6 @@
 
 import math
 from itertools import chain, combinations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +12,10 @@ from graft import (
     accept,
     estimated_kl,
     implied_kl,
-    paired_table,
     reshaped_reward,
-    schedule_prompts,
     training_target,
 )
+from rewards import paired_table, schedule_prompts
 
 TOP_K = [(2, 1), (4, 1), (8, 1), (4, 2), (8, 3), (5, 4), (5, 5)]  # (M, K)
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(300)
@@ -321,7 +319,7 @@ def test_paired_table():
 
 def test_schedule_uses_every_prompt_before_any_again():
     def schedule(count, **changes):
-        return schedule_prompts(count, SimpleNamespace(**{"seed": 0, "rounds": 6, "prompts_per_round": 5} | changes))
+        return schedule_prompts(count, **{"seed": 0, "rounds": 6, "per_round": 5} | changes)
 
     rounds = schedule(15)
     first, second = list(chain(*rounds[:3])), list(chain(*rounds[3:]))

@@ -33,6 +33,7 @@ import graft
 import noise_ppo
 import pgraft
 from common import LORA_FILE, InputError, Model
+from rewards import stock_code
 
 KINDS = ("xl", "sd3", "no_t5")
 
@@ -98,7 +99,7 @@ def test_empty_prompt_of_xl_as_its_pipeline_says(families, loaded, tmp_path):
 
 def test_no_t5(families, loaded):
     model = Model(families["sd3"], "cpu", torch.float32, t5=False)
-    assert model.pipeline.text_encoder_3 is None and "text_encoder_3=None, tokenizer_3=None" in model.stock_code()
+    assert model.pipeline.text_encoder_3 is None and "text_encoder_3=None, tokenizer_3=None" in stock_code(model)
     assert torch.equal(model.encode(PROMPTS), loaded["no_t5"].encode(PROMPTS))
     with pytest.raises(InputError, match="cannot be loaded.*text_encoder_3"):
         Model(families["no_t5"], "cpu", torch.float32)

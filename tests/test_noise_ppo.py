@@ -21,6 +21,7 @@ from conftest import (
     difference,
     environment,
     exit_code,
+    randomise,
     read_metrics,
     read_scalars,
     run_inside,
@@ -28,6 +29,7 @@ from conftest import (
     seeded,
     stock,
     stock_pipeline,
+    with_lora,
 )
 from PIL import Image
 
@@ -35,9 +37,10 @@ import common
 import noise_ppo
 from common import Model, derived_seed
 from noise_ppo import NoisePolicy, advantages, kl_to_standard_normal, log_prob, ppo_loss
-from rewards import Reward, diversity
+from rewards import Reward, diversity, read_prompts
 
 SCRIPT = "noise_ppo.py"
+CALLBACK = ", callback_on_step_end=base_from_the_switch_on"
 SHAPES = [(4, 8, 8), (4, 64, 96), (3, 5, 7), (16, 2, 2)]  # of latents
 
 
@@ -255,6 +258,15 @@ def frozen(tiny_epsilon, tiny_v):
     return {kind: trailing(Model(name, "cpu", torch.float32)) for kind, name in (("epsilon", tiny_epsilon), ("v", tiny_v))}
 
 
+@pytest.fixture(scope="module")
+def lora_run(tiny_v, tmp_path_factory):
+    """A folder with a LoRA that changes the pictures."""
+    model, folder = with_lora(Model(tiny_v, "cpu", torch.float32), "all"), tmp_path_factory.mktemp("lora")
+    randomise(model)
+    model.save_lora(folder)
+    return str(folder)
+
+
 def stock_trailing(folder):
     pipeline = stock_pipeline(folder)
     config = pipeline.scheduler.config
@@ -275,6 +287,52 @@ def test_sample_equals_stock_pipeline_for_given_latents(frozen, tiny_epsilon, ti
     drawn = noise_ppo.draw_noise(SEEDS, (4, 8, 8), torch.float32)
     standard = noise_ppo.sample(frozen[kind], drawn, frozen[kind].encode(PROMPTS), steps, guidance)
     assert difference(standard, stock(pipeline, steps=steps, guidance=guidance, eta=0.0)) <= 1e-5
+
+
+def test_sample_with_a_lora_equals_stock_pipeline(lora_run, tiny_v):
+    """Of a graft.py run the LoRA is on throughout; of a pgraft.py run until the callback that its code prints takes it off."""
+    model = Model(tiny_v, "cpu", torch.float32)
+    model.load_lora(lora_run)
+    model, pipeline = trailing(model), stock_trailing(tiny_v)
+    pipeline.load_lora_weights(lora_run)
+    z = 0.7 * torch.randn(3, 4, 8, 8, generator=seeded()) + 0.5
+    text, found = model.encode(PROMPTS), []
+    for switch, tuned in ((-1.0, 4), (249.0, 3), (500.0, 2), (999.0, 0)):
+        if tuned == 0:
+            pipeline.disable_lora()
+        elif tuned < 4:
+            pipeline.enable_lora()
+
+        def base_from_the_switch_on(pipe, i, t, kwargs, tuned=tuned):
+            if i + 1 == tuned:
+                pipe.disable_lora()
+            return kwargs
+
+        expected = stock(pipeline, steps=4, eta=0.0, latents=z, callback_on_step_end=base_from_the_switch_on)
+        found.append(noise_ppo.sample(model, z, text, 4, 1.0, switch))
+        assert difference(found[-1], expected) <= 1e-5
+    assert min(difference(a, b) for a, b in zip(found, found[1:])) > 1e-2
+
+
+@pytest.mark.parametrize("switch", [None, 249])
+def test_run_on_top_of_a_tuned_model(lora_run, arguments, tmp_path, monkeypatch, switch):
+    """Its printed code makes the evaluation's picture, which without the LoRA would be another."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(lora_run, "tuned")
+    if switch:
+        (tmp_path / "tuned" / "pgraft.json").write_text(json.dumps({"switch_timestep": switch}))
+    grids = []
+    monkeypatch.setattr(common, "save_grid", lambda path, standard, learnt, *rest: grids.append((standard, learnt)))
+    flags = "--lora tuned --iterations 1 --no-controls --eval_steps 4 --lr 0.1 --output run".split()
+    code, out, error = run_inside([*arguments, *flags], SCRIPT)
+    assert code == 0, error
+    settings = json.loads((tmp_path / "run" / "noise_ppo.json").read_text())
+    assert settings["switch_timestep"] == (switch or -1) and settings["lora"] == str(tmp_path / "tuned")
+    snippet = out[out.index("import torch; from diffusers") :]
+    exec(snippet, {})  # noqa: S102
+    assert_same_pictures([Image.open("learnt.png")], [grids[0][1][0]])
+    exec(snippet.replace("pipe.load_lora_weights", "id").replace("pipe.enable_lora()", "").replace(CALLBACK, ""), {})  # noqa: S102
+    assert np.abs(np.asarray(Image.open("learnt.png"), float) - np.asarray(grids[0][1][0], float)).mean() > 0.5
 
 
 def test_every_number_of_steps_starts_at_the_same_level(frozen):
@@ -346,12 +404,12 @@ def test_run_shows_the_stock_pipelines_pictures(arguments, tiny_epsilon, prompt_
     """With trailing steps, though the model comes with PNDM and leading ones; two rows, standard noise."""
     monkeypatch.chdir(tmp_path)
     grids = []
-    monkeypatch.setattr(common, "save_grid", lambda path, standard, learnt, *rest: grids.append((standard, learnt)))
+    monkeypatch.setattr("rewards.save_grid", lambda path, standard, learnt, *rest: grids.append((standard, learnt)))
     argv = [*arguments, *"--iterations 1 --no-controls --eval_steps 4 --model".split(), tiny_epsilon]
     code, _, error = run_inside(argv, SCRIPT)
     assert code == 0, error
     ((standard, learnt),) = grids
-    asked = [p for p in common.read_prompts(prompt_files.held_out, "") for _ in range(2)]
+    asked = [p for p in read_prompts(prompt_files.held_out, "") for _ in range(2)]
     seeds = [derived_seed("eval", i, j) for i in range(2) for j in range(2)]
     options = {"prompts": asked, "seeds": seeds, "steps": 4, "eta": 0.0, "output": "pil"}
     assert_same_pictures(standard, stock(stock_trailing(tiny_epsilon), **options))
@@ -411,7 +469,7 @@ def test_results(finished, tiny_v, prompt_files):
     # made again from the saved policy
     policy = NoisePolicy.load(folder, stock_trailing(tiny_v))
     model = trailing(Model(tiny_v, "cpu", torch.float32))
-    held_out = common.read_prompts(prompt_files.held_out, "")
+    held_out = read_prompts(prompt_files.held_out, "")
     mean, log_std = policy(model.encode(held_out))
     kl = kl_to_standard_normal(mean, log_std).mean().item()
     assert results["kl"] == pytest.approx(kl, rel=1e-5) and results["kl_per_dimension"] == pytest.approx(kl / 256, rel=1e-5)
@@ -435,7 +493,7 @@ def test_snippet_needs_one_file_and_makes_the_evaluated_picture(finished, tiny_v
     picture = Image.open(tmp_path / "learnt.png")
 
     model = trailing(Model(tiny_v, "cpu", torch.float32))
-    prompt = common.read_prompts(prompt_files.held_out, "")[:1]
+    prompt = read_prompts(prompt_files.held_out, "")[:1]
     policy = NoisePolicy(12, 16, (4, 8, 8))
     policy.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["policy"])
     with torch.no_grad():
@@ -571,6 +629,8 @@ FILES = {
     "flux/model_index.json": '{"_class_name": "FluxPipeline"}',
 }
 CASES = {  # arguments -> what the message must contain; @ is the folder of FILES
+    "--lora @": "--lora",
+    "--switch_timestep 200": "--lora",
     "--prompts @/missing.txt": "missing.txt",
     "--prompts @/empty.txt": "empty.txt",
     "--prompts @/one.txt --eval_prompts=": "one.txt",

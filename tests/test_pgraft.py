@@ -43,9 +43,9 @@ import graft
 import pgraft
 from common import LORA_FILE, InputError, Model, derived_seed
 from pgraft import denoise, sample, shaped_target, switch_step, unresolved_share
-from rewards import Reward
+from rewards import Reward, paired_table, schedule_prompts
 
-COPIES = "accept _rank reshaped_reward implied_kl estimated_kl guided_prediction draw_noise paired_table schedule_prompts"
+COPIES = "accept _rank reshaped_reward implied_kl estimated_kl guided_prediction draw_noise"
 
 
 @pytest.mark.parametrize("name", COPIES.split())
@@ -54,8 +54,9 @@ def test_copies_are_those_of_graft(name):
 
 
 def test_settings_are_those_of_graft():
-    for name in ("AT_LEAST_ONE", "RULES", "DEFAULTS"):
-        assert getattr(pgraft, name) == getattr(graft, name)
+    assert pgraft.DEFAULTS == graft.DEFAULTS | {"eta": (1.0, 1.0, 1.0, 0.5)}
+    for name in ("LIMITS", "CHOICES"):  # pgraft has more
+        assert getattr(pgraft, name) == getattr(pgraft, name) | getattr(graft, name)
     own, other = (vars(script.Args()) for script in (pgraft, graft))
     for name in ("sample_only", "shard"):  # what another trainer goes on with are pictures
         del other[name]
@@ -744,7 +745,7 @@ def candidates(model, folder, r, switch_at, tuned):
     """(prompt index, x_s, x_0, reward) of all pictures sampled in round r."""
     args = SimpleNamespace(**read_json(folder / "args.json"))
     prompts = Path(args.prompts).read_text().splitlines()
-    chosen = pgraft.schedule_prompts(len(prompts), args)[r]
+    chosen = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)[r]
     index = [i for i in chosen for _ in range(args.samples)]
     seeds = [derived_seed(args.seed, r, i, j) for i in chosen for j in range(args.samples)]
     noise = pgraft.draw_noise(seeds, args.steps, model.latent_shape, model.dtype)
@@ -880,7 +881,7 @@ def evaluation(model, prompt_files, steps, switch_at):
     args = SimpleNamespace(eval_samples=2, sample_batch=8, steps=steps, guidance=1.0, eta=1.0)
     rewards, prompts = [Reward("jpeg_compressibility"), Reward("shapes_graded")], Path(prompt_files.held_out).read_text()
     base, tuned = (pgraft.evaluate(model, rewards, prompts.splitlines(), args, switch_at, on, "")[0] for on in (False, True))
-    return pgraft.paired_table(base, tuned)
+    return paired_table(base, tuned)
 
 
 def assert_same_table(table, expected):
