@@ -258,9 +258,10 @@ class Corrector:
         given = scheduler.sigmas.tolist()
         levels = [sigma * scheduler.config.num_train_timesteps for sigma in given[:-1]]
         if given != settings["sigmas"] or not np.allclose(levels, settings["timesteps"]):
+            asked = flows.asked_levels(settings["steps"], settings["grid_power"])
             raise InputError(
                 f"{folder}: this corrector was learnt for the {settings['steps']} steps in corrector.json, the scheduler is set to "
-                f"{len(given) - 1} others: call scheduler.set_timesteps(sigmas={flows.asked_levels(settings['steps'], settings['grid_power'])}) first"
+                f"{len(given) - 1} others: call scheduler.set_timesteps(sigmas={asked}) first"
             )
         device = str(next(network.parameters()).device)
         gaussian = settings["normalise"] == "gaussian"
@@ -379,15 +380,13 @@ def prepare(args):
         flows.check_network(args.base_network, shape[1], "--base_network")
     if shape[0] not in (1, 3):
         raise InputError(f"--channels {shape[0]}: must be 1 (grey) or 3 (RGB)")
-    if args.normalise == "gaussian" and math.prod(shape) > MOST_COVARIANCE:
-        raise InputError(
-            f"--normalise gaussian: {math.prod(shape)} numbers in a picture are too many, {MOST_COVARIANCE} at most"
-        )
+    d = math.prod(shape)
+    if args.normalise == "gaussian" and d > MOST_COVARIANCE:
+        raise InputError(f"--normalise gaussian: {d} numbers in a picture are too many, {MOST_COVARIANCE} at most")
     files = flow_data.find_pictures(args.data, shape, args.reference_share)
-    if args.features == "shapes" and shape != flow_data.WORLD:
-        raise InputError(
-            f"--features shapes: judges pictures of shape {flow_data.WORLD} only, not {shape}; use pixels or inception"
-        )
+    world = flow_data.WORLD
+    if args.features == "shapes" and shape != world:
+        raise InputError(f"--features shapes: judges pictures of shape {world} only, not {shape}; use pixels or inception")
     if args.features == "inception" and not inception:
         raise InputError("--features inception: needs the package torch-fidelity (pip install torch-fidelity), or use pixels")
     return shape, files
@@ -398,11 +397,7 @@ def main(args, folder_known):
     pictures = flow_data.load_pictures(args, shape, files)
     features = frechet_features(args.features, args.device, args.sample_batch)
     torch.manual_seed(args.seed)
-    flow = (
-        Flow.new(args.base_network, args.size, args.channels, args.device)
-        if args.train_base
-        else Flow.load(args.model, args.device)
-    )
+    flow = Flow.new(args.base_network, shape, args.device) if args.train_base else Flow.load(args.model, args.device)
     sigmas = flow.grid(args.steps, args.grid_power)
     folder = common.make_run_folder(args, "inverse_noise_correction", "own" if args.train_base else args.model, args.seed)
     folder_known(folder)
@@ -502,10 +497,8 @@ def main(args, folder_known):
 
     # ------------------------------------------------------------ SHOW
     laws = {"inverted": noises, "standard": draw_noise([derived_seed("statistics", i) for i in range(len(noises))], shape)}
-    for name in [name for name in ("gaussian", "corrector") if name in starts]:
-        laws[name] = torch.cat(
-            [starts[name](part.to(args.device)).cpu() for part in laws["standard"].split(args.sample_batch)]
-        )
+    parts = [part.to(args.device) for part in laws["standard"].split(args.sample_batch)]
+    laws |= {name: torch.cat([starts[name](part).cpu() for part in parts]) for name in MAIN_ARMS[2:] if name in starts}
     checkpoint()
     rows = state["rows"]
     results = {"table": [{k: row[k] for k in ("arm", "steps", "fd", "flops")} for row in rows], "floor": floor}

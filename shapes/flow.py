@@ -27,11 +27,11 @@ class Flow:
         self.shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
 
     @classmethod
-    def new(cls, spec, size, channels, device):
+    def new(cls, spec, shape, device):
         """With random weights, see new_network."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        return cls(new_network(spec, size, channels, channels), FlowMatchEulerDiscreteScheduler(), device)
+        return cls(new_network(spec, shape[1], shape[0], shape[0]), FlowMatchEulerDiscreteScheduler(), device)
 
     @classmethod
     def load(cls, folder, device):

@@ -19,7 +19,7 @@ import tyro
 import common
 from rewards import frechet_distance
 from shapes.flow import Flow, fit, flow_objective
-from shapes.flow_data import FLOW, SIZE, FeatureNet, draw
+from shapes.flow_data import FLOW, WORLD, FeatureNet, draw
 
 
 @dataclass
@@ -106,7 +106,7 @@ def main(args: Args) -> None:
         common.write_atomically(args.out / "features.safetensors", safetensors.torch.save(weights))
     if args.flow:
         torch.manual_seed(args.seed)
-        flow = Flow.new(args.network, SIZE, 1, args.device)
+        flow = Flow.new(args.network, WORLD, args.device)
         pictures = draw(args.pictures, common.derived_seed(args.seed, "flow"))[0]
         loss, state = flow_objective(flow, pictures, args.batch), {}
         for _ in fit(flow.network, loss, args.updates, args.lr, (args.seed, "flow"), state, args.updates):
