@@ -366,14 +366,14 @@ def evaluate(flow, start, sigmas, reference, features, args):
 
 
 def prepare(args):
-    """Check every argument before any model loads and fill in what was left out. Returns (shape of a picture, files of --data)."""
+    """Check every argument before any model loads and fill in what was left out.
+    Returns (shape of a picture, files of --data, {setting of LISTS: its numbers})."""
     args.device = common.check_device(args.device, "float32")
     common.check_output(args.output, args.resume)
     inception = find_spec("torch_fidelity") is not None
     args.features = args.features or ("shapes" if not args.data else "inception" if inception else "pixels")
     common.check_tables(args, LIMITS, CHOICES)
-    for name, limits in LISTS.items():
-        common.numbers(args, name, *limits)
+    lists = {name: common.numbers(args, name, *limits) for name, limits in LISTS.items()}
     shape = (args.channels, args.size, args.size) if args.train_base else flows.check_flow(args.model)
     flows.check_network(args.corrector_network, shape[1], "--corrector_network")
     if args.train_base:
@@ -389,11 +389,11 @@ def prepare(args):
         raise InputError(f"--features shapes: judges pictures of shape {world} only, not {shape}; use pixels or inception")
     if args.features == "inception" and not inception:
         raise InputError("--features inception: needs the package torch-fidelity (pip install torch-fidelity), or use pixels")
-    return shape, files
+    return shape, files, lists
 
 
 def main(args, folder_known):
-    shape, files = prepare(args)
+    shape, files, lists = prepare(args)
     pictures = flow_data.load_pictures(args, shape, files)
     features = frechet_features(args.features, args.device, args.sample_batch)
     torch.manual_seed(args.seed)
@@ -472,7 +472,7 @@ def main(args, folder_known):
     floor = frechet_distance(reference, features(pictures["floor"]))
     n, corrected = args.steps, count_flops(lambda: euler_sample(flow.velocity, corrector(eps), sigmas))
     matched = math.ceil(corrected / call)  # steps of the base that cost as much as a corrected sample, or a little more
-    steps = sorted({n, *(common.numbers(args, "eval_steps", *LISTS["eval_steps"]) or (matched, 2 * n, 4 * n))})
+    steps = sorted({n, *(lists["eval_steps"] or (matched, 2 * n, 4 * n))})
     starts = {"scale only": lambda eps: scale * eps}
     if law:
         gaussian = Corrector(None, settings, law)
@@ -480,13 +480,11 @@ def main(args, folder_known):
         starts["gaussian"] = gaussian.destandardise
         starts["gaussian, norms matched"] = lambda eps: gaussian.destandardise(match_norms(eps, norms))
     starts["corrector"] = corrector
-    for m in common.numbers(args, "eval_corrector_steps", *LISTS["eval_corrector_steps"]):
+    for m in lists["eval_corrector_steps"]:
         starts[f"corrector, M = {m}"] = lambda eps, m=m: corrector(eps, m)
+    # (row, flow, steps, grid power, what makes the initial noise of eps)
     arms = [("base", flow, k, args.grid_power if k == n else 1.0, torch.clone) for k in steps]
-    arms += [
-        (f"base, grid power {power:g}", flow, matched, power, torch.clone)
-        for power in common.numbers(args, "eval_powers", *LISTS["eval_powers"])
-    ]
+    arms += [(f"base, grid power {power:g}", flow, matched, power, torch.clone) for power in lists["eval_powers"]]
     if args.longer:
         arms += [("base trained on", longer, k, args.grid_power, torch.clone) for k in sorted({n, matched})]
     arms += [(name, flow, n, args.grid_power, start) for name, start in starts.items()]
