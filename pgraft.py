@@ -35,7 +35,7 @@ from tqdm import tqdm
 import common
 import rewards as show  # what a run prints and writes
 from common import DTYPES, ROOT, InputError, Model, derived_seed
-from rewards import average_hash, diversity, image_statistics, read_task, schedule_prompts, score
+from rewards import average_hash, check_rule, diversity, image_statistics, read_task, schedule_prompts, score
 
 RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
 DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3 (the stock call's own, but eta: a flow's probe needs some)
@@ -437,14 +437,7 @@ def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
     common.complete(args, DEFAULTS, LIMITS, CHOICES)
-    if args.batch % min(args.micro_batch, args.batch):
-        raise InputError(f"--micro_batch {args.micro_batch}: must divide --batch {args.batch}")
-    if args.rule == "threshold" and args.threshold is None:
-        raise InputError("--rule threshold needs --threshold, the least reward to accept")
-    if args.rule == "exponential" and not (args.beta or 0) > 0:
-        raise InputError("--rule exponential needs --beta above 0, in units of the reward")
-    if args.rule == "preference" and args.samples % 2:
-        raise InputError(f"--samples {args.samples}: must be even for --rule preference")
+    check_rule(args)
     if args.probe and args.evaluate:
         raise InputError("--probe --evaluate: the probe is of the base model and trains nothing; give one of the two")
     probes = args.probe or args.switch == "auto" and not args.evaluate
@@ -517,8 +510,7 @@ def main(args, folder_known):
             with model.lora_off():
                 state["probe"] = probe(model, rewards[0], [prompts[i] for i in order[: args.probe_prompts]], args)
             checkpoint()
-        show.write_csv(folder / "probe.csv", state["probe"])
-        show.save_probe(folder / "probe.png", state["probe"], args.probe_limit, args.reward)
+        show.save_probe(folder, state["probe"], args.probe_limit, args.reward)
         switch, reason = recommend(state["probe"], args.probe_limit)
         print("\n  step  timestep  --switch   V(t)   s.e.   (the share of the reward that the state leaves open)")
         for row in state["probe"]:
@@ -661,12 +653,7 @@ def print_snippet(model, weights, switch, prompt, args):
 pipe.load_lora_weights({str(weights)!r})
 switch = {level}
 
-def base_from_the_switch_on(pipe, i, t, kwargs):  # called after step i
-    if i + 1 == (pipe.scheduler.timesteps > switch).sum():
-        pipe.disable_lora()
-    return kwargs
-
-pipe.enable_lora()  # before every call: the last one has switched it off
+{show.stock_switch("switch")}
 {show.stock_call(model, prompt, args, ", callback_on_step_end=base_from_the_switch_on")}""")
 
 
