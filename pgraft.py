@@ -49,14 +49,10 @@ DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL,
     "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", *["jpeg_compressibility"] * 3),
 }
 AT_LEAST_ONE = "rounds prompts_per_round samples guidance sample_batch updates batch micro_batch lora_rank".split()
-LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | {
-    "top_k": (1, "samples"),
-    "steps": (1, 999),
-    "eta": (0, 1),
-    "lr": (1e-12, 1),
-}
+LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | {"top_k": (1, "samples"), "steps": (1, 999), "eta": (0, 1)}
 LIMITS |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
-LIMITS |= {"lora_alpha": (1e-6, 1e6), "probe_restarts": (2, 10**9), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
+LIMITS |= {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6)}
+LIMITS |= {"probe_restarts": (2, 10**9), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
 CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none"), "data": ("x0", "xs")}
 
 
@@ -445,21 +441,17 @@ def prepare(args):
         raise InputError("--eta 0: a deterministic sampler has nothing to probe; give --eta above 0, or --switch a level")
     if probes and args.steps < 2:
         raise InputError(f"--steps {args.steps}: no level lies between noise and picture; give at least 2")
-    if args.switch != "auto" and not 0 < _number(args.switch) < 1:
+    try:
+        level = 0.5 if args.switch == "auto" else float(args.switch)
+    except ValueError:
+        level = math.nan
+    if not 0 < level < 1:
         raise InputError(f"--switch {args.switch}: must be auto or a level t / T between 0 and 1, both excluded")
     if args.evaluate and not (Path(args.evaluate) / common.LORA_FILE).is_file():
         raise InputError(f"--evaluate {args.evaluate}: has no {common.LORA_FILE}; give the folder of a finished run")
     if args.evaluate and args.switch == "auto":
         read_switch(args.evaluate)
-
     return read_task(args)
-
-
-def _number(text):
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def main(args, folder_known):
@@ -617,9 +609,8 @@ def main(args, folder_known):
     # ------------------------------------------------------------ SHOW
     where = {"steps": args.steps, "switch_at": switch_at, "switch_timestep": switch, "probe": state.get("probe")}
     show.write_results(folder, base, state["tuned"], args.reward, state["seconds"], **where)
-    print(
-        f"\n{state['seconds']:.0f} s. In {folder}: LoRA, pgraft.json, results.json, metrics.csv, grid.png, curves.png. To use it:\n"
-    )
+    written = "LoRA, pgraft.json, results.json, metrics.csv, grid.png, curves.png"
+    print(f"\n{state['seconds']:.0f} s. In {folder}: {written}. To use it:\n")
     print_snippet(model, folder.resolve(), None, held_out[0], args)
 
 
