@@ -443,9 +443,21 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum() - 2 * cross).item()
 
 
-# ---------------------------------------------------------------- prompts
+# ---------------------------------------------------------------- what is asked for: rule, prompts, rewards
 
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
+
+
+def check_rule(args) -> None:
+    """InputError if --rule lacks its parameter, or the numbers of pictures do not divide."""
+    if args.batch % min(args.micro_batch, args.batch):
+        raise InputError(f"--micro_batch {args.micro_batch}: must divide --batch {args.batch}")
+    if args.rule == "threshold" and args.threshold is None:
+        raise InputError("--rule threshold needs --threshold, the least reward to accept")
+    if args.rule == "exponential" and not (args.beta or 0) > 0:
+        raise InputError("--rule exponential needs --beta above 0, in units of the reward")
+    if args.rule == "preference" and args.samples % 2:
+        raise InputError(f"--samples {args.samples}: must be even for --rule preference")
 
 
 def read_task(args) -> tuple[list[str], list[str], list[Reward]]:
@@ -724,14 +736,43 @@ def save_panels(path: Path, panels: list[tuple[str, str, dict]], log_x: bool = F
     save_figure(figure, path)
 
 
-def save_probe(path: Path, rows: list[dict], limit: float, reward: str) -> None:
-    """V(t) of P-GRAFT's probe with its standard error against the level."""
+def save_probe(folder: Path, rows: list[dict], limit: float, reward: str) -> None:
+    """V(t) of P-GRAFT's probe with its standard error against the level: probe.csv, probe.png."""
+    write_csv(folder / "probe.csv", rows)
     figure = Figure(figsize=(5, 3), layout="constrained")
     axis = figure.subplots()
     axis.errorbar(*([row[name] for row in rows] for name in ("switch", "unresolved", "se")), fmt="o-", capsize=3)
     axis.axhline(limit, linestyle=":", color="grey")
     axis.set(xlabel="level t / T (1: noise)", ylabel=f"V(t) of {reward}", ylim=(0, None), xlim=(1, 0))
-    save_figure(figure, path)
+    save_figure(figure, folder / "probe.png")
+
+
+def show_steps(folder: Path, rows: list[dict], results: dict, args) -> None:
+    """Noise PPO's gain.png, curves.png, and the two tables of its final evaluation, printed."""
+    by_steps = results["by_steps"]
+    columns = {name: [row[name] for row in by_steps] for name in by_steps[0] if name != "means"}
+    steps, gain = columns.pop("steps"), (columns["gain"], columns.pop("se"))
+    lines = {name: (steps, values) for name, values in columns.items() if name not in ("calls", "gain", "diversity_kept")}
+    panels = [("steps", args.reward, lines), ("steps", "gain ± s.e.", {"learnt - standard": (steps, *gain)})]
+    save_panels(folder / "gain.png", panels, log_x=True)
+    panels = []
+    for names in (
+        ("reward", "reward_held_out"),
+        ("clip_fraction", "explained_variance"),
+        ("kl_per_dimension", "mean_rms", "std"),
+    ):
+        lines = {name: ([row["iteration"] for row in rows], [row[name] for row in rows]) for name in names}
+        panels.append(("iteration", args.reward if "reward" in names else "", lines))
+    save_panels(folder / "curves.png", panels)
+
+    print(f"\nheld-out {args.reward} (best of n: n times the calls, n scores a picture)")
+    print("steps" + "".join(f"{name:>16}" for name in columns))
+    for i, n in enumerate(steps):
+        cells = [f"{values[i]:.3f}" for values in columns.values()]
+        cells[0], cells[3] = str(columns["calls"][i]), f"{gain[0][i]:+.3f} ± {gain[1][i]:.3f}"
+        print(f"{n:>5}" + "".join(f"{cell:>16}" for cell in cells))
+    print(f"KL to standard noise {results['kl']:.1f} nats, {results['kl_per_dimension']:.3f} a dimension")
+    print_table(results["table"], f"at {args.steps} steps")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -759,6 +800,16 @@ def stock_call(model, prompt: str, args, more: str = "") -> str:
     call = f"pipe({prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, {eta}"
     generator = f"generator=torch.Generator().manual_seed({derived_seed('eval', 0, 0)})"
     return f'{remark}{call}{generator}{more}).images[0].save("tuned.png")'
+
+
+def stock_switch(level: str) -> str:
+    """Lines of Python that switch the LoRA of `pipe` off in the steps that start at the timestep `level` or below."""
+    return f"""def base_from_the_switch_on(pipe, i, t, kwargs):  # called after step i
+    if i + 1 == (pipe.scheduler.timesteps > {level}).sum():
+        pipe.disable_lora()
+    return kwargs
+
+pipe.enable_lora()  # before every call: the last one has switched it off"""
 
 
 # ---------------------------------------------------------------- the same for inverse_noise_correction.py
