@@ -266,7 +266,7 @@ class Corrector:
         device = str(next(network.parameters()).device)
         gaussian = settings["normalise"] == "gaussian"
         law = safetensors.torch.load_file(folder / "law.safetensors", device) if gaussian else {}
-        return cls(AutoModel.from_pretrained(folder).to(device).requires_grad_(False), settings, law)
+        return cls(AutoModel.from_pretrained(str(folder)).to(device).requires_grad_(False), settings, law)
 
 
 def draw_noise(seeds, shape):
