@@ -5,11 +5,9 @@ The denoising loops and the losses are not here: they stand in the method files,
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib
 import io
 import json
-import math
 import os
 import sys
 import time
@@ -18,8 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -108,6 +104,11 @@ def complete(args, defaults: dict, limits: dict, choices: dict) -> None:
             setattr(args, name, values[0 if embedded else column])
     args.device = check_device(args.device, args.dtype)
     check_output(args.output, args.resume)
+    check_tables(args, limits, choices)
+
+
+def check_tables(args, limits: dict, choices: dict) -> None:
+    """InputError for an argument that limits or choices, as in complete, do not allow."""
     for name, (least, most) in limits.items():
         most = getattr(args, most) if isinstance(most, str) else most
         if not least <= getattr(args, name) <= most:
@@ -115,6 +116,18 @@ def complete(args, defaults: dict, limits: dict, choices: dict) -> None:
     for name, allowed in choices.items():
         if getattr(args, name) not in allowed:
             raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(allowed)}")
+
+
+def numbers(args, name: str, kind: type, least: float, most: float) -> list:
+    """The numbers of a setting such as "2,4", each an int or a float (`kind`) from least to most; InputError."""
+    try:
+        found = [kind(part) for part in getattr(args, name).split(",") if part.strip()]
+    except ValueError:
+        found = [float("nan")]
+    if not all(least <= n <= most for n in found):
+        wanted = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"--{name} {getattr(args, name)}: give {wanted} from {least:g} to {most:g}, separated by commas")
+    return found
 
 
 def check_model_name(name: str) -> str:
@@ -388,127 +401,6 @@ def make_adamw(parameters: list, lr: float, eight_bit: bool) -> torch.optim.Opti
     except ImportError as error:
         raise InputError(f"--optimizer_8bit needs the package bitsandbytes ({error}); pip install bitsandbytes") from None
     return AdamW8bit(parameters, lr=lr, weight_decay=0.0)
-
-
-# ---------------------------------------------------------------- unconditional flow models
-
-FLOW_NETWORKS = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}  # folder: class
-
-
-class Flow:
-    """A stock diffusers network with a FlowMatchEulerDiscreteScheduler."""
-
-    def __init__(self, network, scheduler, device):
-        self.network, self.scheduler, self.device = network.to(device).eval(), scheduler, device
-        self.shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
-
-    @classmethod
-    def load(cls, folder, device):
-        import diffusers
-
-        diffusers.utils.logging.set_verbosity_error()
-        diffusers.utils.logging.disable_progress_bar()
-        try:
-            part = next(name for name in FLOW_NETWORKS if (Path(folder) / name).is_dir())
-            network = getattr(diffusers, FLOW_NETWORKS[part]).from_pretrained(folder, subfolder=part, dtype=torch.float32)
-            scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-        except Exception as error:  # a broken folder makes the loaders raise many kinds
-            raise InputError(f"--model {folder}: cannot be loaded ({error})") from None
-        return cls(network.requires_grad_(False), scheduler, device)
-
-    def velocity(self, x, sigma):
-        """v(x, sigma). x: (batch, ...), sigma: (batch,) from 1 (noise) to 0 (picture)."""
-        return predict(self.network, x, sigma * self.scheduler.config.num_train_timesteps)
-
-    def grid(self, steps, power):
-        """The scheduler's levels (steps + 1,) for sigma_k = (1 - k / steps)^power, as the Flux pipelines ask for theirs."""
-        self.scheduler.set_timesteps(sigmas=[(k / steps) ** power for k in range(steps, 0, -1)])
-        grid = self.scheduler.sigmas
-        if grid[0] != 1 or grid[-1] != 0 or (grid.diff() >= 0).any():
-            raise InputError(f"--model: its scheduler's levels do not fall from 1 to 0 ({grid.tolist()})")
-        return grid.to(self.device)
-
-    def save(self, folder):
-        part = next(name for name, kind in FLOW_NETWORKS.items() if kind == type(self.network).__name__)
-        self.network.save_pretrained(folder / part)
-        self.scheduler.save_pretrained(folder / "scheduler")
-
-
-def model_hash(network):
-    """SHA-256 of the weights, in float32, and their names."""
-    digest = hashlib.sha256(type(network).__name__.encode())
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def new_network(spec, size, inputs, outputs):
-    """A stock network for size x size pictures. spec: "unet:24,48,48", a UNet2DModel with these channels and no attention, or
-    "token:128,128,128", a DiTTransformer2DModel with one token of this width and as many layers, for very small pictures."""
-    import diffusers
-
-    kind, widths = spec.split(":")[0], [int(width) for width in spec.split(":")[1].split(",")]
-    shape = {"sample_size": size, "in_channels": inputs, "out_channels": outputs}
-    if kind == "token":
-        shape |= {"patch_size": size, "num_layers": len(widths), "attention_head_dim": widths[0], "num_attention_heads": 1}
-        return diffusers.DiTTransformer2DModel(**shape, num_embeds_ada_norm=1, norm_num_groups=1)
-    blocks = {"down_block_types": ("DownBlock2D",) * len(widths), "up_block_types": ("UpBlock2D",) * len(widths)}
-    shape |= {"block_out_channels": widths, "norm_num_groups": math.gcd(8, *widths), "add_attention": False}
-    return diffusers.UNet2DModel(**shape, **blocks, layers_per_block=1)
-
-
-def check_network(spec, size, flag):
-    """InputError unless new_network can make this for size x size pictures."""
-    kind, _, widths = spec.partition(":")
-    widths = [int(width) if width.isdecimal() else 0 for width in widths.split(",")]
-    if kind not in ("unet", "token") or any(width < 4 or width % 4 for width in widths):
-        raise InputError(f"{flag} {spec}: give unet: or token: and numbers that 4 divides, as in unet:32,64,64 or token:64,64")
-    if kind == "token" and len(set(widths)) > 1:
-        raise InputError(f"{flag} {spec}: the layers of a token network have one width, as in token:64,64")
-    if kind == "unet" and size % 2 ** (len(widths) - 1):
-        raise InputError(f"{flag} {spec}: {len(widths)} levels need a size that {2 ** (len(widths) - 1)} divides")
-
-
-def predict(network, x, t):
-    """A stock network's output. x: (batch, channels, height, width), t: (batch,) from 1000 (noise) to 0."""
-    classes = getattr(network.config, "num_embeds_ada_norm", None)  # of a transformer: its last class is "none"
-    more = {} if classes is None else {"class_labels": torch.full((len(x),), classes, device=x.device)}
-    return network(x, t, **more).sample
-
-
-def check_flow(name):
-    """The shape of the pictures of the flow in the folder `name`, from its configuration files; InputError if it is none."""
-    configs = []
-    folder = Path(name)
-    part = next((part for part in FLOW_NETWORKS if (folder / part).is_dir()), None)
-    if part is None:
-        raise InputError(f"--model {name}: no such folder, or neither unet/ nor transformer/ in it")
-    for file in (folder / part / "config.json", folder / "scheduler" / "scheduler_config.json"):
-        try:
-            configs.append(json.loads(file.read_text(encoding="utf-8")))
-            kind = configs[-1].get("_class_name")
-        except (OSError, ValueError, AttributeError):
-            raise InputError(f"--model {name}: {file.relative_to(folder)} is missing or damaged") from None
-        wanted = "FlowMatchEulerDiscreteScheduler" if file.parent.name == "scheduler" else FLOW_NETWORKS[part]
-        if kind != wanted:
-            raise InputError(f"--model {name}: {file.parent.name} is a {kind}; supported: {wanted}")
-    network, scheduler = configs
-    for setting in ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling"):
-        if scheduler.get(setting):
-            raise InputError(f"--model {name}: a scheduler with {setting} is not supported")
-    if part == "unet" and (network.get("class_embed_type") or network.get("num_class_embeds")):
-        raise InputError(f"--model {name}: wants a class with every picture; only unconditional models are supported")
-    size, channels = network.get("sample_size"), network.get("in_channels")
-    if not isinstance(size, int) or network.get("out_channels") not in (channels, None):
-        raise InputError(f"--model {name}: needs square pictures (sample_size a number) and as many channels out as in")
-    return channels, size, size
-
-
-def count_flops(function):
-    """Floating-point operations of function(), by torch's counter (attention in its plain form, which the counter knows)."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
 
 
 # ---------------------------------------------------------------- seeds, run folder, files

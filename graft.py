@@ -25,7 +25,7 @@ from tqdm import tqdm
 import common
 import rewards as show  # what a run prints and writes
 from common import DTYPES, ROOT, InputError, Model, derived_seed
-from rewards import average_hash, diversity, image_statistics, read_task, schedule_prompts, score
+from rewards import average_hash, check_rule, diversity, image_statistics, read_task, schedule_prompts, score
 
 RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
 DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3 (the stock call's own)
@@ -39,14 +39,9 @@ DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL,
     "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", *["jpeg_compressibility"] * 3),
 }
 AT_LEAST_ONE = "rounds prompts_per_round samples guidance sample_batch updates batch micro_batch lora_rank".split()
-LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | {
-    "top_k": (1, "samples"),
-    "steps": (1, 999),
-    "eta": (0, 1),
-    "lr": (1e-12, 1),
-}
+LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | {"top_k": (1, "samples"), "steps": (1, 999), "eta": (0, 1)}
 LIMITS |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
-LIMITS |= {"lora_alpha": (1e-6, 1e6)}
+LIMITS |= {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6)}
 CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none")}
 
 
@@ -290,14 +285,7 @@ def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
     common.complete(args, DEFAULTS, LIMITS, CHOICES)
-    if args.batch % min(args.micro_batch, args.batch):
-        raise InputError(f"--micro_batch {args.micro_batch}: must divide --batch {args.batch}")
-    if args.rule == "threshold" and args.threshold is None:
-        raise InputError("--rule threshold needs --threshold, the least reward to accept")
-    if args.rule == "exponential" and not (args.beta or 0) > 0:
-        raise InputError("--rule exponential needs --beta above 0, in units of the reward")
-    if args.rule == "preference" and args.samples % 2:
-        raise InputError(f"--samples {args.samples}: must be even for --rule preference")
+    check_rule(args)
     if args.shard and not (args.sample_only and shard_of(args.shard)):
         raise InputError(f"--shard {args.shard}: give --sample_only and i/n with i from 1 to n, as in 2/4")
     if args.sample_only:

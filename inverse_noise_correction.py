@@ -26,20 +26,26 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import common
-from common import ROOT, Flow, InputError, count_flops, derived_seed
-from rewards import frechet_distance, frechet_features, save_figure, write_csv
+import rewards as show  # what a run prints and writes
+from common import ROOT, InputError, derived_seed
+from rewards import frechet_distance, frechet_features, noise_statistics
+from shapes import flow as flows
 from shapes import flow_data
+from shapes.flow import Flow, count_flops, fit
 
-AT_LEAST_ONE = "steps max_iterations sample_batch corrector_steps batch checkpoint_every size channels base_updates".split()
+AT_LEAST_ONE = "updates max_iterations sample_batch corrector_steps batch checkpoint_every size channels base_updates".split()
+LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | dict.fromkeys(("lr", "base_lr", "longer_lr"), (1e-12, 1))
+LIMITS |= {"steps": (2, 1000), "pictures": (20, 10**9), "eval_pictures": (20, 10**9), "seed": (0, 2**63 - 1)}
+LIMITS |= {"data_noise": (0, 10), "reference_share": (0.05, 0.95), "grid_power": (0.1, 10), "memory": (0, 20)}
+LIMITS |= {"tolerance": (1e-7, 1), "max_failed": (0, 1), "held_out": (0.01, 0.9)}
+LISTS = {"eval_steps": (int, 1, 10**4), "eval_powers": (float, 0.1, 10), "eval_corrector_steps": (int, 1, 10**4)}
 CHOICES = {"features": ("shapes", "pixels", "inception"), "normalise": ("", "scale", "gaussian")}
-SHOWN = 8  # pictures of every kind in grid.png
+MAIN_ARMS, SHOWN = ("base", "scale only", "gaussian", "corrector"), 8  # rows of grid.png, pictures in each
+MOST_COVARIANCE = 4096  # numbers in a picture; beyond, their covariance would be larger than any model here
 
 
 @dataclass
@@ -59,7 +65,7 @@ class Args:
     train_base: bool = False  # first train a flow on the pictures; --model is then not used
     size: int = 16  # --train_base: pixels of a side
     channels: int = 1  # --train_base: 1 grey, 3 RGB
-    base_network: str = "unet:32,64,64"  # --train_base: see common.new_network
+    base_network: str = "unet:32,64,64"  # --train_base: see new_network in shapes/flow.py
     base_updates: int = 8000  # --train_base: optimiser updates
     base_lr: float = 1e-3  # --train_base: AdamW learning rate
 
@@ -73,7 +79,7 @@ class Args:
     memory: int = 2  # changes that Anderson acceleration combines; 0: the plain fixed-point iteration
     max_failed: float = 0.1  # stop if a larger share of the pictures does not converge
 
-    corrector_network: str = "token:64,64"  # see common.new_network; for pictures above 8 x 8 such as "unet:16,32,32"
+    corrector_network: str = "token:64,64"  # see shapes/flow.py; for pictures above 8 x 8 such as "unet:16,32,32"
     corrector_steps: int = 4  # M, Euler steps of the corrector
     normalise: str = ""  # gaussian or scale; left out: gaussian if there are ten noises for each number of a picture
     held_out: float = 0.1  # share of the inverted noises that choose the weights and are not trained on
@@ -163,10 +169,10 @@ def anderson(new, old, moves):
     return new - (moves[:, 1].transpose(0, 1) * weight).sum(1)
 
 
-def interpolant(eps, z, t):
-    """(y_t, dy_t / dt) of equation (3). eps, z: (batch, ...), t: (batch,) in [0, 1]; z has been divided by s."""
-    angle = 0.5 * math.pi * t.view(-1, *[1] * (z.dim() - 1))
-    return angle.cos() * eps + angle.sin() * z, 0.5 * math.pi * (angle.cos() * z - angle.sin() * eps)
+def interpolant(eps, w, t):
+    """(y_t, dy_t / dt) of equation (3). eps, w: (batch, ...), t: (batch,) in [0, 1]."""
+    angle = 0.5 * math.pi * t.view(-1, *[1] * (w.dim() - 1))
+    return angle.cos() * eps + angle.sin() * w, 0.5 * math.pi * (angle.cos() * w - angle.sin() * eps)
 
 
 @torch.no_grad()
@@ -179,11 +185,12 @@ def correct(velocity, noise, steps):
 
 
 def gaussian_of(z):
-    """Mean (d,), symmetric root of the covariance and its inverse (d, d) of z (n, ...), d the numbers in one."""
+    """{mean (d,), root of the covariance and its inverse (d, d), both symmetric} of z (n, ...), d the numbers in one."""
     flat = z.flatten(1).double()
     values, vectors = torch.linalg.eigh(torch.cov(flat.T).reshape(flat.shape[1], -1))
     values = values.clamp(min=1e-6 * values.max().item()).sqrt()
-    return [part.float() for part in (flat.mean(0), vectors * values @ vectors.T, vectors / values @ vectors.T)]
+    law = {"mean": flat.mean(0), "root": vectors * values @ vectors.T, "inverse": vectors / values @ vectors.T}
+    return {name: part.float() for name, part in law.items()}
 
 
 def match_norms(eps, norms):
@@ -194,12 +201,6 @@ def match_norms(eps, norms):
 
 
 # ================================================================ corrector
-
-
-def asked_levels(settings):
-    """What scheduler.set_timesteps(sigmas=...) is given, as Python source."""
-    power = "" if settings["grid_power"] == 1 else f" ** {settings['grid_power']!r}"
-    return f"[(k / {settings['steps']}){power} for k in range({settings['steps']}, 0, -1)]"
 
 
 class Corrector:
@@ -215,19 +216,20 @@ class Corrector:
         """u = a + b y. y: (batch, channels, height, width), t: (batch,)."""
         square = y.square().mean((1, 2, 3), keepdim=True)  # 1 on average
         norm = (square - 1) * (y[0].numel() / 2) ** 0.5  # variance 1 for standard noise
-        a, b = common.predict(self.network, torch.cat([y, norm.expand_as(y[:, :1])], 1), 1000 * (1 - t)).chunk(2, 1)
+        a, b = flows.predict(self.network, torch.cat([y, norm.expand_as(y[:, :1])], 1), 1000 * (1 - t)).chunk(2, 1)
         return a + b * y
 
     def standardise(self, z):
-        """What takes the place of z / s in equation (3)."""
+        """z -> w of equation (3), (n, ...)."""
         if not self.law:
             return z / self.settings["scale"]
         return ((z.flatten(1) - self.law["mean"]) @ self.law["inverse"]).view_as(z)
 
-    def destandardise(self, y):
+    def destandardise(self, w):
+        """w -> z."""
         if not self.law:
-            return y * self.settings["scale"]
-        return (self.law["mean"] + y.flatten(1) @ self.law["root"]).view_as(y)
+            return w * self.settings["scale"]
+        return (self.law["mean"] + w.flatten(1) @ self.law["root"]).view_as(w)
 
     @torch.no_grad()
     def __call__(self, noise, steps=None):
@@ -238,35 +240,34 @@ class Corrector:
     def save(self, folder):
         self.network.save_pretrained(folder)
         if self.law:
-            common.write_atomically(
-                folder / "law.safetensors", safetensors.torch.save({k: v.cpu() for k, v in self.law.items()})
-            )
+            law = safetensors.torch.save({name: part.cpu() for name, part in self.law.items()})
+            common.write_atomically(folder / "law.safetensors", law)
         common.write_atomically(folder / "corrector.json", json.dumps(self.settings, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder, network, scheduler):
         """The corrector saved in `folder`, for a flow's network and its scheduler, whose set_timesteps has been called.
         InputError if it was learnt for another network or grid."""
-        import diffusers
+        from diffusers import AutoModel
 
-        file = Path(folder) / "corrector.json"
-        if not file.is_file():
+        folder = Path(folder)
+        if not (folder / "corrector.json").is_file():
             raise InputError(f"{folder}: holds no corrector (no corrector.json)")
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if common.model_hash(network) != settings["model_hash"]:
+        settings = json.loads((folder / "corrector.json").read_text(encoding="utf-8"))
+        if flows.model_hash(network) != settings["model_hash"]:
             raise InputError(f"{folder}: this corrector was learnt for another model; learn one for this model")
         given = scheduler.sigmas.tolist()
         levels = [sigma * scheduler.config.num_train_timesteps for sigma in given[:-1]]
         if given != settings["sigmas"] or not np.allclose(levels, settings["timesteps"]):
+            asked = flows.asked_levels(settings["steps"], settings["grid_power"])
             raise InputError(
                 f"{folder}: this corrector was learnt for the {settings['steps']} steps in corrector.json, the scheduler is set to "
-                f"{len(given) - 1} others: call scheduler.set_timesteps(sigmas={asked_levels(settings)}) first"
+                f"{len(given) - 1} others: call scheduler.set_timesteps(sigmas={asked}) first"
             )
-        file = Path(folder) / "law.safetensors"
-        device = next(network.parameters()).device
-        law = {k: v.to(device) for k, v in safetensors.torch.load_file(file).items()} if file.exists() else {}
-        kind = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["_class_name"]
-        return cls(getattr(diffusers, kind).from_pretrained(folder).to(device).requires_grad_(False), settings, law)
+        device = str(next(network.parameters()).device)
+        gaussian = settings["normalise"] == "gaussian"
+        law = safetensors.torch.load_file(folder / "law.safetensors", device) if gaussian else {}
+        return cls(AutoModel.from_pretrained(str(folder)).to(device).requires_grad_(False), settings, law)
 
 
 def draw_noise(seeds, shape):
@@ -274,107 +275,7 @@ def draw_noise(seeds, shape):
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
-# ================================================================ training
-
-
-def flow_loss(velocity, x, eps, sigma):
-    """E |v(x_sigma, sigma) - (eps - x)|^2, the base's own loss. x, eps: (batch, ...), sigma: (batch,)."""
-    level = sigma.view(-1, *[1] * (x.dim() - 1))
-    return (velocity((1 - level) * x + level * eps, sigma) - (eps - x)).square().mean()
-
-
-def fit(network, loss, updates, lr, key, state, every, save=lambda: None, held_out=None):
-    """AdamW (warm-up, cosine to 0); network ends with its averaged weights, with held_out() the averaged ones for which that was
-    least. loss(generator): one update's, all its draws from generator, whose seed depends on key and the update alone.
-    state: {} or, to go on, what save() stored; save() is called every `every` updates."""
-    if state.get("update") != updates:
-        parameters = list(network.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-        if state:
-            network.load_state_dict(state["weights"])
-            optimizer.load_state_dict(state["optimizer"])
-        else:
-            first = held_out() if held_out else math.inf
-            state.update(update=0, best=first, losses=[], rows=[{"update": 0, "loss": math.nan, "held_out": first}])
-            state.update(final=copy.deepcopy(network.state_dict()), average=[p.detach().clone() for p in parameters])
-        average = [p.to(parameters[0].device) for p in state["average"]]
-        for i in tqdm(range(state["update"], updates), desc=key[-1], leave=False, mininterval=1):
-            optimizer.param_groups[0]["lr"] = lr * min(1, (i + 1) / 100) * 0.5 * (1 + math.cos(math.pi * i / updates))
-            value = loss(torch.Generator().manual_seed(derived_seed(*key, i)))
-            if not value.isfinite():
-                raise InputError(f"{key[-1]}, update {i + 1}: loss {value.item()}; lower the learning rate {lr:g}")
-            optimizer.zero_grad()
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.999, (i + 1) / (i + 10)))
-            state["losses"].append(value.item())
-            if (i + 1) % every == 0 or i + 1 == updates:
-                current = [p.detach().clone() for p in parameters]
-                torch._foreach_copy_([p.data for p in parameters], average)
-                score = held_out() if held_out else -i
-                if not score >= state["best"]:
-                    state.update(best=score, final=copy.deepcopy(network.state_dict()))
-                torch._foreach_copy_([p.data for p in parameters], current)
-                recent = state["losses"][state["update"] :]
-                state["rows"].append({"update": i + 1, "loss": sum(recent) / len(recent), "held_out": score})
-                state.update(update=i + 1, average=average, weights=network.state_dict(), optimizer=optimizer.state_dict())
-                if i + 1 == updates:
-                    for name in ("average", "weights", "optimizer"):  # a finished network needs a small checkpoint only
-                        del state[name]
-                save()
-    network.load_state_dict(state["final"])
-    network.eval().requires_grad_(False)
-
-
-def train_flow(flow, pictures, updates, lr, batch, key, state, every, save=lambda: None, flops=None):
-    """Train flow.network on pictures (n, *shape) by its own loss. With flops: as many updates as these operations buy, not `updates`."""
-    flow.network.requires_grad_(True)
-
-    def loss(generator):
-        x = pictures[torch.randint(len(pictures), (batch,), generator=generator)].to(flow.device)
-        eps = torch.randn(x.shape, generator=generator).to(flow.device)
-        return flow_loss(flow.velocity, x, eps, torch.rand(batch, generator=generator).to(flow.device))
-
-    if flops is not None:
-        updates = max(1, round(flops / count_flops(lambda: loss(torch.Generator().manual_seed(0)).backward())))
-        flow.network.zero_grad()
-    fit(flow.network, loss, updates, lr, key, state, every, save)
-    return updates
-
-
 # ================================================================ the phases
-
-
-def load_pictures(args, shape, files):
-    """{"invert": to learn the noises of, "train": to train a base on, "reference" and "floor": for the Frechet distance}, each
-    (n, *shape) in [-1, 1]. Of a folder, "reference" shares no picture with the others."""
-    if not args.data:
-        sizes = {"invert": args.pictures, "reference": 5 * args.eval_pictures, "floor": args.eval_pictures}
-        if args.train_base or args.longer:
-            sizes["train"] = 20_000
-        own = {"invert": (args.seed,), "train": (args.seed,)}  # the others are the same for every run
-        pictures = {name: flow_data.draw(size, derived_seed(name, *own.get(name, ())))[0] for name, size in sizes.items()}
-    else:
-        loaded = []
-        for file in tqdm(files, desc="read pictures", leave=False, mininterval=1):
-            try:
-                image = Image.open(file).convert("L" if shape[0] == 1 else "RGB")
-            except Exception as error:  # PIL raises many kinds for a damaged file
-                raise InputError(f"--data {file}: cannot be read ({error})") from None
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side)).resize(shape[1:], Image.Resampling.LANCZOS)
-            loaded.append(torch.from_numpy(np.array(image)).view(*shape[1:], shape[0]).permute(2, 0, 1) / 127.5 - 1)
-        generator = torch.Generator().manual_seed(derived_seed("split"))
-        loaded = torch.stack(loaded)[torch.randperm(len(loaded), generator=generator)]
-        kept = round(args.reference_share * len(loaded))
-        pictures = {"reference": loaded[:kept], "train": loaded[kept:]}
-        pictures |= {"invert": loaded[kept:][: args.pictures], "floor": loaded[kept:][: args.eval_pictures]}
-    for name, x in pictures.items():  # the same noise on both sides of every comparison
-        generator = torch.Generator().manual_seed(derived_seed("data noise", name))
-        pictures[name] = x + args.data_noise * torch.randn(x.shape, generator=generator)
-    return pictures
 
 
 def invert_pictures(flow, pictures, sigmas, args, folder):
@@ -412,24 +313,19 @@ def invert_pictures(flow, pictures, sigmas, args, folder):
     return joined["noise"], report
 
 
-def split_noises(noises, args):
-    """(held out, to learn from)."""
-    held_out = max(10, round(args.held_out * len(noises)))
-    return noises[:held_out], noises[held_out:]
+def train_corrector(corrector, kept, known, args, state, save):
+    """Fit equation (3) to the noises known (n, *shape); the network ends with the averaged weights whose loss on the noises kept
+    (m, *shape) was least. state: {} or what save() stored. Returns the floating-point operations."""
+    network, kept, known = corrector.network, corrector.standardise(kept), corrector.standardise(known)  # from here on w
 
-
-def train_corrector(corrector, noises, args, state, save):
-    """Fit equation (3) to z (n, *shape) in place. Returns the floating-point operations of the training."""
-    kept, train = (corrector.standardise(part.to(args.device)) for part in split_noises(noises, args))
-
-    def loss_of(z, generator):
-        eps = torch.randn(z.shape, generator=generator).to(args.device)
-        t = torch.rand(len(z), generator=generator).to(args.device)
-        y, target = interpolant(eps, z, t)
+    def loss_of(w, generator):
+        eps = torch.randn(w.shape, generator=generator).to(args.device)
+        t = torch.rand(len(w), generator=generator).to(args.device)
+        y, target = interpolant(eps, w, t)
         return (corrector.velocity(y, t) - target).square().mean()
 
     def loss(generator):
-        return loss_of(train[torch.randint(len(train), (args.batch,), generator=generator)], generator)
+        return loss_of(known[torch.randint(len(known), (args.batch,), generator=generator)], generator)
 
     @torch.no_grad()
     def held_out():
@@ -437,143 +333,72 @@ def train_corrector(corrector, noises, args, state, save):
         parts = kept.repeat(4, 1, 1, 1).split(args.sample_batch)  # four draws of eps and t for each
         return sum(loss_of(part, generator).item() * len(part) for part in parts) / (4 * len(kept))
 
-    flops = count_flops(lambda: loss(torch.Generator().manual_seed(0)).backward())
-    corrector.network.zero_grad()
-    fit(corrector.network, loss, args.updates, args.lr, (args.seed, "corrector"), state, args.checkpoint_every, save, held_out)
-    return flops * args.updates
-
-
-def noise_statistics(z):
-    """Numbers that tell z (n, channels, height, width) from N(0, I)."""
-    z = z.double()
-    square = z.flatten(1).square().mean(1)  # (n,) 1 for N(0, I)
-    centred = (z - z.mean(0)) / z.std(0)  # every pixel standardised
-    energy = (centred.square() - 1) / centred.square().std()
-
-    def neighbours(values, lag):
-        return (
-            0.5 * ((values[..., lag:] * values[..., :-lag]).mean() + (values[..., lag:, :] * values[..., :-lag, :]).mean())
-        ).item()
-
-    return {
-        "norm": square.sqrt().mean().item(),  # divided by the square root of the dimension
-        "norm_spread": square.sqrt().std().item(),
-        "mean": z.mean().item(),
-        "variance": z.var(0).mean().item(),
-        "kurtosis": (centred**4).mean().item(),  # 3 for any Gaussian
-        "correlation_1": neighbours(centred, 1),  # of neighbours
-        "correlation_2": neighbours(centred, 2),
-        "energy_correlation_1": neighbours(energy, 1),  # of neighbours' squares: that correlation squared for any Gaussian
-        "energy_correlation_2": neighbours(energy, 2),
-    }
+    if not state:
+        state.update(best=held_out(), final=copy.deepcopy(network.state_dict()))
+        state["rows"] = [{"update": 0, "loss": math.nan, "held_out": state["best"], "identity": state["best"]}]
+    flops = args.updates * flows.update_flops(network, loss)
+    for update in fit(network, loss, args.updates, args.lr, (args.seed, "corrector"), state, args.checkpoint_every):
+        score, recent = held_out(), state["losses"][state["rows"][-1]["update"] :]
+        if not score >= state["best"]:
+            state.update(best=score, final=copy.deepcopy(network.state_dict()))
+        row = {"update": update, "loss": sum(recent) / len(recent), "held_out": score}
+        state["rows"].append(state["rows"][0] | row)
+        save()
+    network.load_state_dict(state["final"])
+    return flops
 
 
 def evaluate(flow, start, sigmas, reference, features, args):
     """Sample args.eval_pictures from start(eps), fixed seeds. Returns {"fd", "flops" and "seconds" of a picture, "pictures": some}."""
     pictures, seconds = [], 0.0
     for i in range(0, args.eval_pictures, args.sample_batch):
-        count = min(args.sample_batch, args.eval_pictures - i)
-        eps = draw_noise([derived_seed("eval", i + j) for j in range(count)], flow.shape).to(args.device)
+        numbers = range(i, min(i + args.sample_batch, args.eval_pictures))
+        eps = draw_noise([derived_seed("eval", number) for number in numbers], flow.shape).to(args.device)
         begun = time.perf_counter()
         pictures.append(euler_sample(flow.velocity, start(eps), sigmas).cpu())
         seconds += time.perf_counter() - begun
     pictures = torch.cat(pictures)
-    if not pictures.isfinite().all():
-        return {"fd": math.nan, "flops": math.nan, "seconds": math.nan, "pictures": pictures[:SHOWN].clone()}
+    fd = frechet_distance(reference, features(pictures)) if pictures.isfinite().all() else math.nan
     flops = count_flops(lambda: euler_sample(flow.velocity, start(eps[:1]), sigmas))
-    row = {"fd": frechet_distance(reference, features(pictures)), "flops": flops}
-    return row | {"seconds": seconds / len(pictures), "pictures": pictures[:SHOWN].clone()}
+    return {"fd": fd, "flops": flops, "seconds": seconds / len(pictures), "pictures": pictures[:SHOWN].clone()}
 
 
 # ================================================================ the run
 
 
-def numbers(args, name, kind, least, most):
-    """The numbers of a setting such as "2,4"."""
-    try:
-        found = [kind(part) for part in getattr(args, name).split(",") if part.strip()]
-    except ValueError:
-        found = [math.nan]
-    if not all(least <= n <= most for n in found):
-        wanted = "whole numbers" if kind is int else "numbers"
-        raise InputError(f"--{name} {getattr(args, name)}: give {wanted} from {least:g} to {most:g}, separated by commas")
-    return found
-
-
 def prepare(args):
-    """Check every argument before any model loads and fill in what was left out. Returns (shape of a picture, files of --data)."""
+    """Check every argument before any model loads and fill in what was left out.
+    Returns (shape of a picture, files of --data, {setting of LISTS: its numbers})."""
     args.device = common.check_device(args.device, "float32")
     common.check_output(args.output, args.resume)
-    limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"updates": (1, 10**9), "steps": (2, 1000), "pictures": (20, 10**9)}
-    limits |= {"eval_pictures": (20, 10**9), "seed": (0, 2**63 - 1), "data_noise": (0, 10), "reference_share": (0.05, 0.95)}
-    limits |= {
-        "grid_power": (0.1, 10),
-        "memory": (0, 20),
-        "tolerance": (1e-7, 1),
-        "max_failed": (0, 1),
-        "held_out": (0.01, 0.9),
-    }
-    for name, (least, most) in (limits | {name: (1e-12, 1) for name in ("lr", "base_lr", "longer_lr")}).items():
-        if not least <= getattr(args, name) <= most:
-            raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
-    default = "shapes" if not args.data else "inception" if find_spec("torch_fidelity") else "pixels"
-    args.features = args.features or default
-    for name, choices in CHOICES.items():
-        if getattr(args, name) not in choices:
-            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(choices)}")
-    for name, kind, least in (("eval_steps", int, 1), ("eval_corrector_steps", int, 1), ("eval_powers", float, 0.1)):
-        numbers(args, name, kind, least, 10**4)
-    shape = (args.channels, args.size, args.size) if args.train_base else common.check_flow(args.model)
-    for name in ("corrector_network", *(["base_network"] if args.train_base else [])):
-        common.check_network(getattr(args, name), shape[1], f"--{name}")
+    inception = find_spec("torch_fidelity") is not None
+    args.features = args.features or ("shapes" if not args.data else "inception" if inception else "pixels")
+    common.check_tables(args, LIMITS, CHOICES)
+    lists = {name: common.numbers(args, name, *limits) for name, limits in LISTS.items()}
+    shape = (args.channels, args.size, args.size) if args.train_base else flows.check_flow(args.model)
+    flows.check_network(args.corrector_network, shape[1], "--corrector_network")
+    if args.train_base:
+        flows.check_network(args.base_network, shape[1], "--base_network")
     if shape[0] not in (1, 3):
         raise InputError(f"--channels {shape[0]}: must be 1 (grey) or 3 (RGB)")
-    world = (1, flow_data.SIZE, flow_data.SIZE)
-    if not args.data and shape != world:
-        raise InputError(f"--data: the embedded pictures are {world}, the model's {shape}; give a folder of pictures")
+    d = math.prod(shape)
+    if args.normalise == "gaussian" and d > MOST_COVARIANCE:
+        raise InputError(f"--normalise gaussian: {d} numbers in a picture are too many, {MOST_COVARIANCE} at most")
+    files = flow_data.find_pictures(args.data, shape, args.reference_share)
+    world = flow_data.WORLD
     if args.features == "shapes" and shape != world:
         raise InputError(f"--features shapes: judges pictures of shape {world} only, not {shape}; use pixels or inception")
-    if args.features == "inception" and not find_spec("torch_fidelity"):
+    if args.features == "inception" and not inception:
         raise InputError("--features inception: needs the package torch-fidelity (pip install torch-fidelity), or use pixels")
-    files = []
-    if args.data:
-        if not Path(args.data).is_dir():
-            raise InputError(f"--data {args.data}: no such folder")
-        endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-        files = sorted(f for f in Path(args.data).rglob("*") if f.suffix.lower() in endings)
-        kept = round(args.reference_share * len(files))
-        if min(kept, len(files) - kept) < 20:
-            raise InputError(
-                f"--data {args.data}: {len(files)} pictures are too few, 20 to invert and 20 as reference are needed"
-            )
-    return shape, files
-
-
-def describe(args, flow, corrector_size, pictures, folder):
-    """The checked, derived settings."""
-    model = f"trained here, {args.base_updates} updates" if args.train_base else args.model
-    size = sum(p.numel() for p in flow.network.parameters())
-    return f"""Inverse Noise Correction -> {folder}
-  model      {model}: {type(flow.network).__name__}, {size:,} parameters, pictures {tuple(flow.shape)}, float32 on {args.device}
-  sampler    Euler, {args.steps} steps, grid power {args.grid_power:g}
-  inversion  {len(pictures["invert"])} pictures, data noise {args.data_noise:g}, tolerance {args.tolerance:g}, \
-at most {args.max_iterations} iterations a step
-  corrector  {corrector_size:,} parameters, {args.corrector_steps} steps, {args.updates} updates x {args.batch}, lr {args.lr:g}
-  evaluation {args.eval_pictures} pictures a row against {len(pictures["reference"])}, Frechet distance on the features {args.features!r}"""
+    return shape, files, lists
 
 
 def main(args, folder_known):
-    shape, files = prepare(args)
-    pictures = load_pictures(args, shape, files)
+    shape, files, lists = prepare(args)
+    pictures = flow_data.load_pictures(args, shape, files)
     features = frechet_features(args.features, args.device, args.sample_batch)
-    if args.train_base:
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        torch.manual_seed(args.seed)
-        network = common.new_network(args.base_network, args.size, args.channels, args.channels)
-        flow = Flow(network, FlowMatchEulerDiscreteScheduler(), args.device)
-    else:
-        flow = Flow.load(args.model, args.device)
+    torch.manual_seed(args.seed)
+    flow = Flow.new(args.base_network, shape, args.device) if args.train_base else Flow.load(args.model, args.device)
     sigmas = flow.grid(args.steps, args.grid_power)
     folder = common.make_run_folder(args, "inverse_noise_correction", "own" if args.train_base else args.model, args.seed)
     folder_known(folder)
@@ -586,180 +411,110 @@ def main(args, folder_known):
         common.save_checkpoint(folder, state)
 
     torch.manual_seed(args.seed)
-    network = common.new_network(args.corrector_network, shape[1], shape[0] + 1, 2 * shape[0]).to(args.device)
-    for parameter in getattr(network, "conv_out" if hasattr(network, "conv_out") else "proj_out_2").parameters():
-        torch.nn.init.zeros_(parameter)
-    print(describe(args, flow, sum(p.numel() for p in network.parameters()), pictures, folder), flush=True)
+    network = flows.new_network(args.corrector_network, shape[1], shape[0] + 1, 2 * shape[0], zero=True).to(args.device)
+    print(show.describe_correction(args, flow, network, pictures, folder), flush=True)
 
     # ------------------------------------------------------------ BASE
     if args.train_base:
-        options = (args.base_updates, args.base_lr, args.batch, (args.seed, "base"), state["base"], args.checkpoint_every)
-        train_flow(flow, pictures["train"], *options, checkpoint)
+        loss, trained = flows.flow_objective(flow, pictures["train"], args.batch), state["base"]
+        for _ in fit(flow.network, loss, args.base_updates, args.base_lr, (args.seed, "base"), trained, args.checkpoint_every):
+            checkpoint()
         flow.save(folder / "flow")
         args.model = str(folder / "flow")
-        print(f"  base       trained, loss {np.mean(state['base']['losses'][-200:]):.4f}", flush=True)
+        print(f"  base       trained, loss {np.mean(trained['losses'][-200:]):.4f}", flush=True)
 
     # ------------------------------------------------------------ INVERT
+    eps = torch.zeros(1, *shape).to(args.device)
+    call = count_flops(lambda: flow.velocity(eps, sigmas[:1]))
     noises, report = invert_pictures(flow, pictures["invert"], sigmas, args, folder)
-    report["flops"] = report["calls"] * count_flops(lambda: flow.velocity(torch.zeros(1, *shape).to(args.device), sigmas[:1]))
+    report["flops"] = report["calls"] * call
     contraction = ", ".join(f"{c:.2f}" for c in report["contraction"])
     error, left_out = f"|T(z) - x| {report['round_trip_error']:.1e}", f"{report['left_out']} of {report['pictures']} left out"
     print(f"  inverted   {left_out}, {report['calls']} model calls, {error}, median contraction {contraction}", flush=True)
 
     # ------------------------------------------------------------ CORRECT
-    known = split_noises(noises, args)[1].to(args.device)
+    count = max(10, round(args.held_out * len(noises)))
+    kept, known = noises[:count].to(args.device), noises[count:].to(args.device)
     scale = known.square().mean().sqrt().item()
-    args.normalise = args.normalise or ("gaussian" if len(known) >= 10 * math.prod(shape) else "scale")
-    law = {}
-    if math.prod(shape) <= 4096:  # beyond, the covariance would be larger than any model here
-        law = dict(zip(("mean", "root", "inverse"), (part.to(args.device) for part in gaussian_of(known))))
-    elif args.normalise == "gaussian":
-        raise InputError(f"--normalise gaussian: {math.prod(shape)} numbers in a picture are too many, 4096 at most")
-    settings = {"model_hash": common.model_hash(flow.network), "steps": args.steps, "grid_power": args.grid_power}
+    law = gaussian_of(known) if math.prod(shape) <= MOST_COVARIANCE else {}
+    enough = law and len(known) >= 10 * math.prod(shape)
+    args.normalise = args.normalise or ("gaussian" if enough else "scale")
+    settings = {"model_hash": flows.model_hash(flow.network), "steps": args.steps, "grid_power": args.grid_power}
     settings |= {"sigmas": sigmas.tolist(), "timesteps": flow.scheduler.timesteps.tolist(), "scale": scale}
     settings |= {"corrector_steps": args.corrector_steps, "normalise": args.normalise}
     corrector = Corrector(network, settings, law if args.normalise == "gaussian" else {})
-    gaussian = Corrector(None, settings, law)
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state["corrector"].get("update", 0) + 1)
+    learnt = state["corrector"]
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=learnt.get("update", 0) + 1)
 
     def log():
-        rows = [row | {"identity": state["corrector"]["rows"][0]["held_out"]} for row in state["corrector"]["rows"]]
-        write_csv(folder / "metrics.csv", rows)
-        for name, value in rows[-1].items():
-            writer.add_scalar(name, value, rows[-1]["update"])
+        show.write_csv(folder / "metrics.csv", learnt["rows"])
+        for name, value in learnt["rows"][-1].items():
+            writer.add_scalar(name, value, learnt["update"])
         writer.flush()
         checkpoint()
 
-    learning = train_corrector(corrector, noises, args, state["corrector"], log)
+    cost = {"inversion": report["flops"], "corrector": train_corrector(corrector, kept, known, args, learnt, log)}
     writer.close()
     corrector.save(folder / "corrector")
-    best, identity = state["corrector"]["best"], state["corrector"]["rows"][0]["held_out"]
+    best, identity = learnt["best"], learnt["rows"][0]["held_out"]
     print(f"  corrector  held-out loss {best:.4f}, {identity:.4f} with velocity 0", flush=True)
 
     # ------------------------------------------------------------ TRAIN THE BASE ON (control)
-    cost = {"inversion": report["flops"], "corrector": learning}
-    samplers = {"base": flow}
     if args.longer:
-        samplers["longer"] = Flow(copy.deepcopy(flow.network), flow.scheduler, args.device)
-        options = (args.longer_lr, args.batch, (args.seed, "longer"), state["longer"], args.checkpoint_every, checkpoint)
-        updates = train_flow(samplers["longer"], pictures["train"], None, *options, flops=sum(cost.values()))
+        longer = Flow(copy.deepcopy(flow.network), flow.scheduler, args.device)
+        loss, key = flows.flow_objective(longer, pictures["train"], args.batch), (args.seed, "longer")
+        updates = max(1, round(sum(cost.values()) / flows.update_flops(longer.network, loss)))
+        for _ in fit(longer.network, loss, updates, args.longer_lr, key, state["longer"], args.checkpoint_every):
+            checkpoint()
         print(f"  control    base trained on for {updates} updates, as many FLOPs as inversion and corrector took", flush=True)
 
     # ------------------------------------------------------------ EVALUATE
     reference = features(pictures["reference"])
     floor = frechet_distance(reference, features(pictures["floor"]))
-    eps = torch.zeros(1, *shape).to(args.device)
-    n, call = args.steps, count_flops(lambda: flow.velocity(eps, sigmas[:1]))
-    corrected = count_flops(lambda: euler_sample(flow.velocity, corrector(eps), sigmas))
+    n, corrected = args.steps, count_flops(lambda: euler_sample(flow.velocity, corrector(eps), sigmas))
     matched = math.ceil(corrected / call)  # steps of the base that cost as much as a corrected sample, or a little more
-    steps = sorted({n, *(numbers(args, "eval_steps", int, 1, 10**4) or (matched, 2 * n, 4 * n))})
-    arms = [("base", "base", k, args.grid_power if k == n else 1.0, lambda eps: eps) for k in steps]
-    powers = numbers(args, "eval_powers", float, 0.1, 10)
-    arms += [(f"base, grid power {power:g}", "base", matched, power, lambda eps: eps) for power in powers]
-    arms += [("base trained on", "longer", k, args.grid_power, lambda eps: eps) for k in sorted({n, matched}) if args.longer]
+    steps = sorted({n, *(lists["eval_steps"] or (matched, 2 * n, 4 * n))})
     starts = {"scale only": lambda eps: scale * eps}
     if law:
+        gaussian = Corrector(None, settings, law)
         norms = gaussian.standardise(known).flatten(1).norm(dim=1)  # (n,)
         starts["gaussian"] = gaussian.destandardise
         starts["gaussian, norms matched"] = lambda eps: gaussian.destandardise(match_norms(eps, norms))
     starts["corrector"] = corrector
-    for m in numbers(args, "eval_corrector_steps", int, 1, 10**4):
+    for m in lists["eval_corrector_steps"]:
         starts[f"corrector, M = {m}"] = lambda eps, m=m: corrector(eps, m)
-    arms += [(name, "base", n, args.grid_power, start) for name, start in starts.items()]
-    for i, (name, which, k, power, start) in enumerate(arms):
-        if i >= len(state["rows"]):  # not so if the run was stopped after it had this row
-            row = evaluate(samplers[which], start, samplers[which].grid(k, power), reference, features, args)
-            state["rows"].append({"arm": name, "steps": k} | row)
-            checkpoint()
+    # (row, flow, steps, grid power, what makes the initial noise of eps)
+    arms = [("base", flow, k, args.grid_power if k == n else 1.0, torch.clone) for k in steps]
+    arms += [(f"base, grid power {power:g}", flow, matched, power, torch.clone) for power in lists["eval_powers"]]
+    if args.longer:
+        arms += [("base trained on", longer, k, args.grid_power, torch.clone) for k in sorted({n, matched})]
+    arms += [(name, flow, n, args.grid_power, start) for name, start in starts.items()]
+    for name, sampler, k, power, start in arms[len(state["rows"]) :]:  # a run that was stopped has the first rows
+        row = evaluate(sampler, start, sampler.grid(k, power), reference, features, args)
+        state["rows"].append({"arm": name, "steps": k} | row)
+        checkpoint()
 
     # ------------------------------------------------------------ SHOW
     laws = {"inverted": noises, "standard": draw_noise([derived_seed("statistics", i) for i in range(len(noises))], shape)}
-    for name, start in {"gaussian": gaussian.destandardise if law else None, "corrector": corrector}.items():
-        if start:
-            laws[name] = torch.cat([start(part.to(args.device)).cpu() for part in laws["standard"].split(args.sample_batch)])
-    results = {"table": [{k: row[k] for k in ("arm", "steps", "fd", "flops")} for row in state["rows"]], "floor": floor}
+    parts = [part.to(args.device) for part in laws["standard"].split(args.sample_batch)]
+    laws |= {name: torch.cat([starts[name](part).cpu() for part in parts]) for name in MAIN_ARMS[2:] if name in starts}
+    checkpoint()
+    rows = state["rows"]
+    results = {"table": [{k: row[k] for k in ("arm", "steps", "fd", "flops")} for row in rows], "floor": floor}
     results |= {"steps": n, "matched_steps": matched, "inversion": report, "scale": scale, "training_flops": cost}
     results["corrector"] = {"held_out": best, "identity": identity, "flops": corrected - n * call}
     results["noise"] = {name: noise_statistics(z) for name, z in laws.items()}
-    checkpoint()
-    results["seconds"] = {"total": state["seconds"], "per_picture": [row["seconds"] for row in state["rows"]]}
+    results["seconds"] = {"total": state["seconds"], "per_picture": [row["seconds"] for row in rows]}
     common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    save_plots(folder, results, laws)
-    save_pictures(folder / "grid.png", pictures["floor"], state["rows"], laws)
-    show(args, folder, flow, settings, results)
-
-
-def save_plots(folder, results, laws):
-    """curve.png: Frechet distance against FLOPs; noise.png: the inverted noises beside the other laws."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis, lines = figure.subplots(), {}
-    for row in results["table"]:
-        lines.setdefault(row["arm"], []).append((row["flops"] / 1e6, row["fd"]))
-    for name, points in lines.items():
-        axis.plot(*zip(*points), "o-" if name.startswith("base") else "s", markersize=4, linewidth=1, label=name)
-    axis.axhline(results["floor"], color="grey", linewidth=0.8, linestyle=":", label="data against data")
-    axis.set(xscale="log", yscale="log", xlabel="MFLOP per picture", ylabel="Frechet distance")
-    axis.legend(fontsize=7)
-    save_figure(figure, folder / "curve.png")
-    figure = Figure(figsize=(14, 3), layout="constrained")
-    norms, values, lags, where = figure.subplots(1, 4)
-    for name, z in laws.items():
-        norms.hist(z.flatten(1).square().mean(1).sqrt().numpy(), 40, histtype="step", density=True, label=name)
-        values.hist(z.flatten()[:100_000].numpy(), np.linspace(-6, 6, 61), histtype="step", density=True, label=name)
-        found = results["noise"][name]
-        lags.plot((1, 2), [found["correlation_1"], found["correlation_2"]], "o-", label=name)
-    norms.set(xlabel="norm / sqrt(dimension)", ylabel="density")
-    values.set(xlabel="value", ylabel="density", yscale="log")
-    lags.set(xlabel="distance in pixels", ylabel="correlation", xticks=(1, 2))
-    norms.legend(fontsize=7)
-    figure.colorbar(
-        where.imshow(laws["inverted"].std(0).mean(0).numpy()), ax=where, label="deviation of inverted noise by pixel"
-    )
-    save_figure(figure, folder / "noise.png")
-
-
-def save_pictures(path, data, rows, laws):
-    """A row of pictures of the data and of the table's main rows with the same eps; at the end inverted and corrected noises."""
-    kept = [row for row in rows if "," not in row["arm"] and row["arm"] != "base trained on"]
-    shown = {"data": data} | {f"{row['arm']}, {row['steps']} steps": row["pictures"] for row in kept}
-    shown |= {f"noise: {name}": laws[name] / 3 for name in laws}
-    figure = Figure(figsize=(1.2 * SHOWN, 1.4 * len(shown)))
-    for axis, (name, pictures) in zip(figure.subplots(len(shown), 1), shown.items()):
-        strip = F.pad(pictures[:SHOWN].clamp(-1, 1), (1, 1, 1, 1), value=1.0).permute(1, 2, 0, 3).flatten(2)  # (c, h, n w)
-        axis.imshow(((strip + 1) / 2).permute(1, 2, 0).expand(-1, -1, 3).numpy())
-        axis.set_title(name, fontsize=8, loc="left")
-        axis.set_axis_off()
-    save_figure(figure, path)
-
-
-def show(args, folder, flow, settings, results):
-    """The tables and how to use the corrector, printed."""
-    print(f"\n{'':<26}{'steps':>6}{'MFLOP':>11}{'ms':>8}{'Frechet distance':>18}")
-    for row, seconds in zip(results["table"], results["seconds"]["per_picture"]):
-        print(f"{row['arm']:<26}{row['steps']:>6}{row['flops'] / 1e6:>11.1f}{1e3 * seconds:>8.2f}{row['fd']:>18.4f}")
-    print(f"{'data against data':<51}{results['floor']:>18.4f}")
-    print("(MFLOP and ms: of one picture)\n\n" + f"{'noise':<24}" + "".join(f"{name:>12}" for name in results["noise"]))
-    for name in results["noise"]["inverted"]:
-        print(f"{name:<24}" + "".join(f"{found[name]:>12.3f}" for found in results["noise"].values()))
-    kind, part = type(flow.network).__name__, "unet" if hasattr(flow.network, "conv_in") else "transformer"
-    one = f"torch.tensor([{getattr(flow.network.config, 'num_embeds_ada_norm', 0)}], device=device)"
-    call = "network(x, t)" if part == "unet" else f"network(x, t.expand(1), {one})"
-    print(f"""
-{results["seconds"]["total"]:.0f} s. In {folder}: corrector/, results.json, metrics.csv, curve.png, grid.png, noise.png. To use the corrector:
-
-import sys, torch; from diffusers import FlowMatchEulerDiscreteScheduler, {kind}; from PIL import Image
-sys.path.insert(0, {str(ROOT)!r}); from inverse_noise_correction import Corrector
-device, model = {args.device!r}, {str(Path(args.model).resolve())!r}
-network = {kind}.from_pretrained(model, subfolder={part!r}).to(device)
-scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
-scheduler.set_timesteps(sigmas={asked_levels(settings)}, device=device)
-corrector = Corrector.load({str((folder / "corrector").resolve())!r}, network, scheduler)  # refuses another model or grid
-x = corrector(torch.randn(1, {", ".join(map(str, flow.shape))}, generator=torch.Generator().manual_seed({derived_seed("eval", 0)})).to(device))
-with torch.no_grad():
-    for t in scheduler.timesteps:
-        x = scheduler.step({call}.sample, t, x).prev_sample
-pixels = ((x[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu()
-Image.fromarray(pixels.squeeze(2).numpy()).save("corrected.png")""")
+    show.save_frechet_curve(folder / "curve.png", results["table"], floor)
+    show.save_noises(folder / "noise.png", laws, results["noise"])
+    strips = {"data": pictures["floor"][:SHOWN]}
+    strips |= {f"{row['arm']}, {row['steps']} steps": row["pictures"] for row in rows if row["arm"] in MAIN_ARMS}
+    show.save_strips(folder / "grid.png", strips | {f"noise: {name}": z[:SHOWN] / 3 for name, z in laws.items()})
+    show.print_correction(results)
+    files = "corrector/, results.json, metrics.csv, curve.png, grid.png, noise.png"
+    print(f"\n{state['seconds']:.0f} s. In {folder}: {files}. To use the corrector:\n")
+    print(show.corrector_code(args, flow, folder / "corrector"))
 
 
 if __name__ == "__main__":

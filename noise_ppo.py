@@ -31,30 +31,29 @@ try:  # training needs these; to load and use what was learnt this file is enoug
     from tqdm import tqdm
 
     import common
+    import rewards as show  # what a run prints and writes
     from common import DTYPES, InputError, Model, derived_seed
-    from rewards import diversity, image_statistics, read_rewards, score
+    from rewards import diversity, image_statistics, paired_table, read_task, schedule_prompts, score
 except ImportError:
     if __name__ == "__main__":
         raise
 
 ROOT = Path(__file__).resolve().parent
-AT_LEAST_ONE = "iterations prompts_per_iteration samples guidance sample_batch epochs minibatch hidden grid".split()
 TEMPERATURES = (0.4, 0.6, 0.8, 1.0)  # the control s eps: the best s on training prompts
+DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3 (the stock call's own)
+    "reward": ("shapes_strict", *["jpeg_compressibility"] * 3),
+    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", *["jpeg_compressibility"] * 3),
+    "guidance": (1.0, 7.5, 5.0, 7.0),
+    "clip": (1e-3, 1e-4, 1e-4, 1e-4),
+    "sample_batch": (64, 8, 4, 4),
+}
+AT_LEAST_ONE = "iterations prompts_per_iteration samples guidance sample_batch epochs minibatch hidden grid".split()
+LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | {"samples": (2, 10**9), "steps": (1, 999), "eval_samples": (2, 10**9)}
+LIMITS |= {"eval_every": (0, 10**9), "seed": (0, 2**63 - 1), "lr": (1e-12, 1), "clip": (1e-9, 1e9), "kl_weight": (0, 1e9)}
 CHOICES = {
     "policy": ("conditional", "unconditional"),
     "normalise": ("batch", "prompt", "none"),
     "reduction": ("mean", "sum"),
-}
-DEFAULTS = {  # settings left out on the command line: (embedded shapes model, any other model)
-    "reward": ("shapes_strict", "jpeg_compressibility"),
-    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", "jpeg_compressibility"),
-    "guidance": (1.0, 7.5),
-    "clip": (1e-3, 1e-4),
-    "sample_batch": (64, 8),
-}
-FAMILY_DEFAULTS = {  # in place of those of any other model, the stock call's own
-    "StableDiffusionXLPipeline": {"guidance": 5.0, "sample_batch": 4},
-    "StableDiffusion3Pipeline": {"guidance": 7.0, "sample_batch": 4},
 }
 
 
@@ -299,16 +298,6 @@ def evaluate(model, rewards, prompts, mean, log_std, steps, args, label):
     return means, pictures[:24]
 
 
-def paired_table(standard, learnt):
-    """Rows {metric, standard, learnt, gain, se}; se: the standard error over prompts of the mean paired difference."""
-    rows = []
-    for name in standard:
-        change = learnt[name] - standard[name]
-        numbers = (standard[name].mean(), learnt[name].mean(), change.mean(), change.std() / len(change) ** 0.5)
-        rows.append({"metric": name} | dict(zip(("standard", "learnt", "gain", "se"), map(float, numbers))))
-    return rows
-
-
 def final_evaluation(model, policy, rewards, prompts, held_out, args):
     """Standard noise, the policy and the controls at every number of steps, on the same seeds.
     Returns (results, {name: first 24 pictures at args.steps})."""
@@ -336,7 +325,7 @@ def final_evaluation(model, policy, rewards, prompts, held_out, args):
             found[name], shown = evaluate(model, rewards, held_out, mean, log_std, steps, args, f"{steps} steps, {name}")
             if steps == args.steps:
                 pictures[name] = shown
-        table = paired_table(found["standard"], found["learnt"])
+        table = paired_table(found["standard"], found["learnt"], ("standard", "learnt", "gain"))
         row = {"steps": steps, "calls": steps * (2 if args.guidance > 1 else 1)}
         row |= {key: table[0][key] for key in ("standard", "learnt", "gain", "se")}
         row |= {name: means[args.reward].mean().item() for name, means in found.items() if name not in row}
@@ -388,44 +377,15 @@ def eval_steps(args):
 def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
-    embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
-    of_family = FAMILY_DEFAULTS.get(common.check_model_name(args.model), {})
-    for name, (for_shapes, for_others) in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, for_shapes if embedded else of_family.get(name, for_others))
-    args.device = common.check_device(args.device, args.dtype)
-    common.check_output(args.output, args.resume)
+    common.complete(args, DEFAULTS, LIMITS, CHOICES)
     eval_steps(args)
-    limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"samples": (2, 10**9), "steps": (1, 999)}
-    limits |= {"eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1), "lr": (1e-12, 1)}
-    for name, (least, most) in (limits | {"clip": (1e-9, 1e9), "kl_weight": (0, 1e9)}).items():
-        if not least <= getattr(args, name) <= most:
-            raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
-    for name, choices in CHOICES.items():
-        if getattr(args, name) not in choices:
-            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(choices)}")
     if args.mean_only and args.std_only:
         raise InputError("--mean_only --std_only: nothing is left to learn; give --no-mean_only with --std_only")
     if args.lora:
         read_lora(args)
     elif args.switch_timestep is not None:
         raise InputError(f"--switch_timestep {args.switch_timestep:g}: is of a LoRA; give --lora, the folder of its run")
-
-    prompts = common.read_prompts(args.prompts, "--prompts")
-    if args.eval_prompts or args.prompts == Args.prompts:
-        held_out = common.read_prompts(args.eval_prompts or str(ROOT / "shapes" / "prompts_eval.txt"), "--eval_prompts")
-    else:
-        prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
-    if not prompts or len(held_out) < 2:
-        raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
-    common.warn_of_overlap(prompts, held_out)
-    rewards = read_rewards(args.reward, args.eval_rewards)
-    for reward in rewards:
-        reward.check_prompts(prompts, "--prompts")
-        reward.check_prompts(held_out, "--eval_prompts")
-    for reward in rewards:
-        reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
-    return prompts, held_out, rewards
+    return read_task(args)
 
 
 def read_lora(args):
@@ -443,18 +403,6 @@ def read_lora(args):
     args.switch_timestep = -1.0 if args.switch_timestep is None else args.switch_timestep
     if not -1 <= args.switch_timestep <= 999:
         raise InputError(f"--switch_timestep {args.switch_timestep:g}: must be between -1 and 999")
-
-
-def schedule_prompts(count, args):
-    """For each iteration the indices of its prompts: slices of a random order of all, of a new one when too few are left."""
-    per_iteration = min(args.prompts_per_iteration, count)
-    iterations = []
-    for it in range(args.iterations):
-        order, place = divmod(it, count // per_iteration)
-        generator = torch.Generator().manual_seed(derived_seed(args.seed, "prompts", order))
-        order = torch.randperm(count, generator=generator)
-        iterations.append(order[place * per_iteration : (place + 1) * per_iteration].tolist())
-    return iterations
 
 
 def describe(args, model, policy, per_iteration, held_out, folder):
@@ -484,7 +432,7 @@ def main(args, folder_known):
         for flag, steps in [("steps", args.steps), *(("eval_steps", steps) for steps in eval_steps(args))]:
             if model.train_timesteps % steps:
                 raise InputError(f"--{flag} {steps}: must divide the model's {model.train_timesteps} training steps")
-    schedule = schedule_prompts(len(prompts), args)
+    schedule = schedule_prompts(len(prompts), args.prompts_per_iteration, args.iterations, args.seed)
     used = [prompts[i] for i in sorted({i for part in schedule for i in part})]
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
     model.remember(["", *held_out, *used])
@@ -568,7 +516,7 @@ def main(args, folder_known):
             policy.save(folder, settings)
         state["rows"].append(row)
         state["iteration"] = it + 1
-        common.write_csv(folder / "metrics.csv", state["rows"])
+        show.write_csv(folder / "metrics.csv", state["rows"])
         for name, value in row.items():
             writer.add_scalar(name, value, it + 1)
         checkpoint()
@@ -585,65 +533,24 @@ def main(args, folder_known):
     results["seconds"] = state["seconds"]
     common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
     title = "learnt noise, same random draws (standard noise on the left)"
-    common.save_grid(folder / "grid.png", pictures["standard"], pictures["learnt"], held_out, args.eval_samples, title)
-    show(folder, state["rows"], results, args)
+    show.save_grid(folder / "grid.png", pictures["standard"], pictures["learnt"], held_out, args.eval_samples, title)
+    show.show_steps(folder, state["rows"], results, args)
     lora, callback = "", ""
     if args.lora:
         lora = f"\npipe.load_lora_weights({str(Path(args.lora).resolve())!r})"
     if args.lora and args.switch_timestep >= 0:
         callback = ", callback_on_step_end=base_from_the_switch_on"
-        lora += f"""
-
-def base_from_the_switch_on(pipe, i, t, kwargs):  # called after step i
-    if i + 1 == (pipe.scheduler.timesteps > {args.switch_timestep:g}).sum():
-        pipe.disable_lora()
-    return kwargs
-
-pipe.enable_lora()  # before every call: the last one has switched it off"""
+        lora += "\n\n" + show.stock_switch(f"{args.switch_timestep:g}")
     print(f"""
 {state["seconds"]:.0f} s. In {folder}: the policy, results.json, metrics.csv, gain.png, grid.png, curves.png.
 To use it (of this repository only noise_ppo.py is needed):
 
-{model.stock_code('timestep_spacing="trailing", ')}{lora}
+{show.stock_code(model, 'timestep_spacing="trailing", ')}{lora}
 import sys; sys.path.insert(0, {str(ROOT)!r}); from noise_ppo import NoisePolicy
 policy = NoisePolicy.load({str(folder.resolve())!r}, pipe)
 latents = policy.sample({held_out[0]!r}, torch.Generator().manual_seed({derived_seed("eval", 0, 0)}))
 pipe({held_out[0]!r}, latents=latents, num_inference_steps={args.steps}, guidance_scale={args.guidance}{callback}).images[0].save("learnt.png")""")
 
 
-def show(folder, rows, results, args):
-    """gain.png, curves.png, and the two tables of the final evaluation, printed."""
-    by_steps = results["by_steps"]
-    columns = {name: [row[name] for row in by_steps] for name in by_steps[0] if name != "means"}
-    steps, gain = columns.pop("steps"), (columns["gain"], columns.pop("se"))
-    lines = {name: (steps, values) for name, values in columns.items() if name not in ("calls", "gain", "diversity_kept")}
-    panels = [("steps", args.reward, lines), ("steps", "gain ± s.e.", {"learnt - standard": (steps, *gain)})]
-    common.save_panels(folder / "gain.png", panels, log_x=True)
-    panels = []
-    for names in (
-        ("reward", "reward_held_out"),
-        ("clip_fraction", "explained_variance"),
-        ("kl_per_dimension", "mean_rms", "std"),
-    ):
-        lines = {name: ([row["iteration"] for row in rows], [row[name] for row in rows]) for name in names}
-        panels.append(("iteration", args.reward if "reward" in names else "", lines))
-    common.save_panels(folder / "curves.png", panels)
-
-    print(f"\nheld-out {args.reward} (best of n: n times the calls, n scores a picture)")
-    print("steps" + "".join(f"{name:>16}" for name in columns))
-    for i, n in enumerate(steps):
-        cells = [f"{values[i]:.3f}" for values in columns.values()]
-        cells[0], cells[3] = str(columns["calls"][i]), f"{gain[0][i]:+.3f} ± {gain[1][i]:.3f}"
-        print(f"{n:>5}" + "".join(f"{cell:>16}" for cell in cells))
-    print(f"KL to standard noise {results['kl']:.1f} nats, {results['kl_per_dimension']:.3f} a dimension")
-    print(f"\n{f'at {args.steps} steps':<34}{'standard':>9}{'learnt':>9}{'difference':>12}   s.e.")
-    for row in results["table"]:
-        print("{metric:<34}{standard:>9.3f}{learnt:>9.3f}{gain:>+12.3f}  {se:.3f}".format(**row))
-
-
 if __name__ == "__main__":
-    known = []
-    with common.exit_on_error(
-        lambda: f"Continue with: python noise_ppo.py --resume {known[0]}" if known else "Nothing was written."
-    ):
-        main(common.parse_arguments(Args), known.append)
+    common.run_script(main, Args)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import common
 import rewards as show  # what a run prints and writes
 from common import DTYPES, ROOT, InputError, Model, derived_seed
-from rewards import average_hash, diversity, image_statistics, read_task, schedule_prompts, score
+from rewards import average_hash, check_rule, diversity, image_statistics, read_task, schedule_prompts, score
 
 RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
 DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3 (the stock call's own, but eta: a flow's probe needs some)
@@ -49,14 +49,10 @@ DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL,
     "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", *["jpeg_compressibility"] * 3),
 }
 AT_LEAST_ONE = "rounds prompts_per_round samples guidance sample_batch updates batch micro_batch lora_rank".split()
-LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | {
-    "top_k": (1, "samples"),
-    "steps": (1, 999),
-    "eta": (0, 1),
-    "lr": (1e-12, 1),
-}
+LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | {"top_k": (1, "samples"), "steps": (1, 999), "eta": (0, 1)}
 LIMITS |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
-LIMITS |= {"lora_alpha": (1e-6, 1e6), "probe_restarts": (2, 10**9), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
+LIMITS |= {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6)}
+LIMITS |= {"probe_restarts": (2, 10**9), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
 CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none"), "data": ("x0", "xs")}
 
 
@@ -437,14 +433,7 @@ def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
     common.complete(args, DEFAULTS, LIMITS, CHOICES)
-    if args.batch % min(args.micro_batch, args.batch):
-        raise InputError(f"--micro_batch {args.micro_batch}: must divide --batch {args.batch}")
-    if args.rule == "threshold" and args.threshold is None:
-        raise InputError("--rule threshold needs --threshold, the least reward to accept")
-    if args.rule == "exponential" and not (args.beta or 0) > 0:
-        raise InputError("--rule exponential needs --beta above 0, in units of the reward")
-    if args.rule == "preference" and args.samples % 2:
-        raise InputError(f"--samples {args.samples}: must be even for --rule preference")
+    check_rule(args)
     if args.probe and args.evaluate:
         raise InputError("--probe --evaluate: the probe is of the base model and trains nothing; give one of the two")
     probes = args.probe or args.switch == "auto" and not args.evaluate
@@ -452,21 +441,17 @@ def prepare(args):
         raise InputError("--eta 0: a deterministic sampler has nothing to probe; give --eta above 0, or --switch a level")
     if probes and args.steps < 2:
         raise InputError(f"--steps {args.steps}: no level lies between noise and picture; give at least 2")
-    if args.switch != "auto" and not 0 < _number(args.switch) < 1:
+    try:
+        level = 0.5 if args.switch == "auto" else float(args.switch)
+    except ValueError:
+        level = math.nan
+    if not 0 < level < 1:
         raise InputError(f"--switch {args.switch}: must be auto or a level t / T between 0 and 1, both excluded")
     if args.evaluate and not (Path(args.evaluate) / common.LORA_FILE).is_file():
         raise InputError(f"--evaluate {args.evaluate}: has no {common.LORA_FILE}; give the folder of a finished run")
     if args.evaluate and args.switch == "auto":
         read_switch(args.evaluate)
-
     return read_task(args)
-
-
-def _number(text):
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def main(args, folder_known):
@@ -517,8 +502,7 @@ def main(args, folder_known):
             with model.lora_off():
                 state["probe"] = probe(model, rewards[0], [prompts[i] for i in order[: args.probe_prompts]], args)
             checkpoint()
-        show.write_csv(folder / "probe.csv", state["probe"])
-        show.save_probe(folder / "probe.png", state["probe"], args.probe_limit, args.reward)
+        show.save_probe(folder, state["probe"], args.probe_limit, args.reward)
         switch, reason = recommend(state["probe"], args.probe_limit)
         print("\n  step  timestep  --switch   V(t)   s.e.   (the share of the reward that the state leaves open)")
         for row in state["probe"]:
@@ -625,9 +609,8 @@ def main(args, folder_known):
     # ------------------------------------------------------------ SHOW
     where = {"steps": args.steps, "switch_at": switch_at, "switch_timestep": switch, "probe": state.get("probe")}
     show.write_results(folder, base, state["tuned"], args.reward, state["seconds"], **where)
-    print(
-        f"\n{state['seconds']:.0f} s. In {folder}: LoRA, pgraft.json, results.json, metrics.csv, grid.png, curves.png. To use it:\n"
-    )
+    written = "LoRA, pgraft.json, results.json, metrics.csv, grid.png, curves.png"
+    print(f"\n{state['seconds']:.0f} s. In {folder}: {written}. To use it:\n")
     print_snippet(model, folder.resolve(), None, held_out[0], args)
 
 
@@ -661,12 +644,7 @@ def print_snippet(model, weights, switch, prompt, args):
 pipe.load_lora_weights({str(weights)!r})
 switch = {level}
 
-def base_from_the_switch_on(pipe, i, t, kwargs):  # called after step i
-    if i + 1 == (pipe.scheduler.timesteps > switch).sum():
-        pipe.disable_lora()
-    return kwargs
-
-pipe.enable_lora()  # before every call: the last one has switched it off
+{show.stock_switch("switch")}
 {show.stock_call(model, prompt, args, ", callback_on_step_end=base_from_the_switch_on")}""")
 
 

@@ -27,6 +27,7 @@ from PIL import Image
 from common import DTYPES, ROOT, InputError, check_device, derived_seed, write_atomically
 from shapes import flow_data
 from shapes.check import check
+from shapes.flow import asked_levels
 from shapes.render import parse
 
 
@@ -442,9 +443,21 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum() - 2 * cross).item()
 
 
-# ---------------------------------------------------------------- prompts
+# ---------------------------------------------------------------- what is asked for: rule, prompts, rewards
 
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
+
+
+def check_rule(args) -> None:
+    """InputError if --rule lacks its parameter, or the numbers of pictures do not divide."""
+    if args.batch % min(args.micro_batch, args.batch):
+        raise InputError(f"--micro_batch {args.micro_batch}: must divide --batch {args.batch}")
+    if args.rule == "threshold" and args.threshold is None:
+        raise InputError("--rule threshold needs --threshold, the least reward to accept")
+    if args.rule == "exponential" and not (args.beta or 0) > 0:
+        raise InputError("--rule exponential needs --beta above 0, in units of the reward")
+    if args.rule == "preference" and args.samples % 2:
+        raise InputError(f"--samples {args.samples}: must be even for --rule preference")
 
 
 def read_task(args) -> tuple[list[str], list[str], list[Reward]]:
@@ -547,6 +560,33 @@ def schedule_prompts(count: int, per_round: int, rounds: int, seed: int) -> list
         generator = torch.Generator().manual_seed(derived_seed(seed, "prompts", order))
         schedule.append(torch.randperm(count, generator=generator)[place * per_round : (place + 1) * per_round].tolist())
     return schedule
+
+
+# ---------------------------------------------------------------- statistics of initial noises
+
+
+def noise_statistics(z: torch.Tensor) -> dict[str, float]:
+    """Numbers that tell z (n, channels, height, width) from N(0, I)."""
+    z = z.double()
+    square = z.flatten(1).square().mean(1)  # (n,) 1 for N(0, I)
+    centred = (z - z.mean(0)) / z.std(0)  # every pixel standardised
+    energy = (centred.square() - 1) / centred.square().std()
+
+    def neighbours(values, lag):
+        across, down = values[..., lag:] * values[..., :-lag], values[..., lag:, :] * values[..., :-lag, :]
+        return (0.5 * (across.mean() + down.mean())).item()
+
+    return {
+        "norm": square.sqrt().mean().item(),  # divided by the square root of the dimension
+        "norm_spread": square.sqrt().std().item(),
+        "mean": z.mean().item(),
+        "variance": z.var(0).mean().item(),
+        "kurtosis": (centred**4).mean().item(),  # 3 for any Gaussian
+        "correlation_1": neighbours(centred, 1),  # of neighbours
+        "correlation_2": neighbours(centred, 2),
+        "energy_correlation_1": neighbours(energy, 1),  # of neighbours' squares: that correlation squared for any Gaussian
+        "energy_correlation_2": neighbours(energy, 2),
+    }
 
 
 # ---------------------------------------------------------------- a run's settings, tables, pictures, code
@@ -696,14 +736,43 @@ def save_panels(path: Path, panels: list[tuple[str, str, dict]], log_x: bool = F
     save_figure(figure, path)
 
 
-def save_probe(path: Path, rows: list[dict], limit: float, reward: str) -> None:
-    """V(t) of P-GRAFT's probe with its standard error against the level."""
+def save_probe(folder: Path, rows: list[dict], limit: float, reward: str) -> None:
+    """V(t) of P-GRAFT's probe with its standard error against the level: probe.csv, probe.png."""
+    write_csv(folder / "probe.csv", rows)
     figure = Figure(figsize=(5, 3), layout="constrained")
     axis = figure.subplots()
     axis.errorbar(*([row[name] for row in rows] for name in ("switch", "unresolved", "se")), fmt="o-", capsize=3)
     axis.axhline(limit, linestyle=":", color="grey")
     axis.set(xlabel="level t / T (1: noise)", ylabel=f"V(t) of {reward}", ylim=(0, None), xlim=(1, 0))
-    save_figure(figure, path)
+    save_figure(figure, folder / "probe.png")
+
+
+def show_steps(folder: Path, rows: list[dict], results: dict, args) -> None:
+    """Noise PPO's gain.png, curves.png, and the two tables of its final evaluation, printed."""
+    by_steps = results["by_steps"]
+    columns = {name: [row[name] for row in by_steps] for name in by_steps[0] if name != "means"}
+    steps, gain = columns.pop("steps"), (columns["gain"], columns.pop("se"))
+    lines = {name: (steps, values) for name, values in columns.items() if name not in ("calls", "gain", "diversity_kept")}
+    panels = [("steps", args.reward, lines), ("steps", "gain ± s.e.", {"learnt - standard": (steps, *gain)})]
+    save_panels(folder / "gain.png", panels, log_x=True)
+    panels = []
+    for names in (
+        ("reward", "reward_held_out"),
+        ("clip_fraction", "explained_variance"),
+        ("kl_per_dimension", "mean_rms", "std"),
+    ):
+        lines = {name: ([row["iteration"] for row in rows], [row[name] for row in rows]) for name in names}
+        panels.append(("iteration", args.reward if "reward" in names else "", lines))
+    save_panels(folder / "curves.png", panels)
+
+    print(f"\nheld-out {args.reward} (best of n: n times the calls, n scores a picture)")
+    print("steps" + "".join(f"{name:>16}" for name in columns))
+    for i, n in enumerate(steps):
+        cells = [f"{values[i]:.3f}" for values in columns.values()]
+        cells[0], cells[3] = str(columns["calls"][i]), f"{gain[0][i]:+.3f} ± {gain[1][i]:.3f}"
+        print(f"{n:>5}" + "".join(f"{cell:>16}" for cell in cells))
+    print(f"KL to standard noise {results['kl']:.1f} nats, {results['kl_per_dimension']:.3f} a dimension")
+    print_table(results["table"], f"at {args.steps} steps")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -731,3 +800,102 @@ def stock_call(model, prompt: str, args, more: str = "") -> str:
     call = f"pipe({prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, {eta}"
     generator = f"generator=torch.Generator().manual_seed({derived_seed('eval', 0, 0)})"
     return f'{remark}{call}{generator}{more}).images[0].save("tuned.png")'
+
+
+def stock_switch(level: str) -> str:
+    """Lines of Python that switch the LoRA of `pipe` off in the steps that start at the timestep `level` or below."""
+    return f"""def base_from_the_switch_on(pipe, i, t, kwargs):  # called after step i
+    if i + 1 == (pipe.scheduler.timesteps > {level}).sum():
+        pipe.disable_lora()
+    return kwargs
+
+pipe.enable_lora()  # before every call: the last one has switched it off"""
+
+
+# ---------------------------------------------------------------- the same for inverse_noise_correction.py
+
+
+def save_noises(path: Path, noises: dict[str, torch.Tensor], statistics: dict[str, dict]) -> None:
+    """Figure of {name: noises (n, channels, height, width)} beside each other and where the first deviate; statistics: of each."""
+    figure = Figure(figsize=(14, 3), layout="constrained")
+    norms, values, lags, where = figure.subplots(1, 4)
+    for name, z in noises.items():
+        norms.hist(z.flatten(1).square().mean(1).sqrt().numpy(), 40, histtype="step", density=True, label=name)
+        values.hist(z.flatten()[:100_000].numpy(), np.linspace(-6, 6, 61), histtype="step", density=True, label=name)
+        lags.plot((1, 2), [statistics[name]["correlation_1"], statistics[name]["correlation_2"]], "o-", label=name)
+    norms.set(xlabel="norm / sqrt(dimension)", ylabel="density")
+    values.set(xlabel="value", ylabel="density", yscale="log")
+    lags.set(xlabel="distance in pixels", ylabel="correlation", xticks=(1, 2))
+    norms.legend(fontsize=7)
+    first, z = next(iter(noises.items()))
+    figure.colorbar(where.imshow(z.std(0).mean(0).numpy()), ax=where, label=f"deviation of {first} noise by pixel")
+    save_figure(figure, path)
+
+
+def save_frechet_curve(path: Path, rows: list[dict], floor: float) -> None:
+    """Frechet distance ("fd") against operations a picture ("flops") of rows, a line for each "arm"; floor: of data against data."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis, lines = figure.subplots(), {}
+    for row in rows:
+        lines.setdefault(row["arm"], []).append((row["flops"] / 1e6, row["fd"]))
+    for name, points in lines.items():
+        axis.plot(*zip(*points), "o-" if name.startswith("base") else "s", markersize=4, linewidth=1, label=name)
+    axis.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label="data against data")
+    axis.set(xscale="log", yscale="log", xlabel="MFLOP per picture", ylabel="Frechet distance")
+    axis.legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def save_strips(path: Path, strips: dict[str, torch.Tensor]) -> None:
+    """{title: pictures (n, channels, height, width) in [-1, 1]}, a row of the figure each."""
+    figure = Figure(figsize=(1.2 * max(map(len, strips.values())), 1.4 * len(strips)))
+    for axis, (title, pictures) in zip(figure.subplots(len(strips), 1), strips.items()):
+        strip = F.pad(pictures.clamp(-1, 1), (1, 1, 1, 1), value=1.0).permute(1, 2, 0, 3).flatten(2)  # (c, h, n w)
+        axis.imshow(((strip + 1) / 2).permute(1, 2, 0).expand(-1, -1, 3).numpy())
+        axis.set_title(title, fontsize=8, loc="left")
+        axis.set_axis_off()
+    save_figure(figure, path)
+
+
+def describe_correction(args, flow, network: torch.nn.Module, pictures: dict, folder: Path) -> str:
+    """The checked, derived settings of a run of inverse_noise_correction.py; network: the corrector's."""
+    model = f"trained here, {args.base_updates} updates" if args.train_base else args.model
+    size, corrector_size = (sum(p.numel() for p in part.parameters()) for part in (flow.network, network))
+    return f"""Inverse Noise Correction -> {folder}
+  model      {model}: {type(flow.network).__name__}, {size:,} parameters, pictures {tuple(flow.shape)}, float32 on {args.device}
+  sampler    Euler, {args.steps} steps, grid power {args.grid_power:g}
+  inversion  {len(pictures["invert"])} pictures, data noise {args.data_noise:g}, tolerance {args.tolerance:g}, \
+at most {args.max_iterations} iterations a step
+  corrector  {corrector_size:,} parameters, {args.corrector_steps} steps, {args.updates} updates x {args.batch}, lr {args.lr:g}
+  evaluation {args.eval_pictures} pictures a row against {len(pictures["reference"])}, Frechet distance on the features {args.features!r}"""
+
+
+def print_correction(results: dict) -> None:
+    """The tables of results.json: Frechet distances, statistics of the noises."""
+    print(f"\n{'':<26}{'steps':>6}{'MFLOP':>11}{'ms':>8}{'Frechet distance':>18}")
+    for row, seconds in zip(results["table"], results["seconds"]["per_picture"]):
+        print(f"{row['arm']:<26}{row['steps']:>6}{row['flops'] / 1e6:>11.1f}{1e3 * seconds:>8.2f}{row['fd']:>18.4f}")
+    print(f"{'data against data':<51}{results['floor']:>18.4f}")
+    print("(MFLOP and ms: of one picture)\n\n" + f"{'noise':<24}" + "".join(f"{name:>12}" for name in results["noise"]))
+    for name in results["noise"]["inverted"]:
+        print(f"{name:<24}" + "".join(f"{found[name]:>12.3f}" for found in results["noise"].values()))
+
+
+def corrector_code(args, flow, folder: Path) -> str:
+    """Code that samples a picture with the corrector in `folder` and the stock scheduler."""
+    kind, part = type(flow.network).__name__, "unet" if hasattr(flow.network, "conv_in") else "transformer"
+    one = f"torch.tensor([{getattr(flow.network.config, 'num_embeds_ada_norm', 0)}], device=device)"
+    call = "network(x, t)" if part == "unet" else f"network(x, t.expand(1), {one})"
+    return f"""import sys, torch; from diffusers import FlowMatchEulerDiscreteScheduler, {kind}; from PIL import Image
+sys.path.insert(0, {str(ROOT)!r}); from inverse_noise_correction import Corrector
+device, model = {args.device!r}, {str(Path(args.model).resolve())!r}
+network = {kind}.from_pretrained(model, subfolder={part!r}).to(device)
+scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
+scheduler.set_timesteps(sigmas={asked_levels(args.steps, args.grid_power)}, device=device)
+corrector = Corrector.load({str(folder.resolve())!r}, network, scheduler)  # refuses another model or grid
+x = corrector(torch.randn(1, {", ".join(map(str, flow.shape))}, generator=torch.Generator().manual_seed({derived_seed("eval", 0)})).to(device))
+with torch.no_grad():
+    for t in scheduler.timesteps:
+        x = scheduler.step({call}.sample, t, x).prev_sample
+pixels = ((x[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu()
+Image.fromarray(pixels.squeeze(2).numpy()).save("corrected.png")"""

@@ -1,4 +1,4 @@
-"""The world of the unconditional flow model, and the network whose features the Frechet distance compares.
+"""The world of the unconditional flow model, the network whose features the Frechet distance compares, and folders of pictures.
 
 A picture is 8 x 8, grey, values about [-1, 1]: a circle, square or triangle of any place, size and grey on a darker flat ground.
 Every pixel carries noise: strong inside the shape (standard deviation 0.4), weak on the ground (0.1). A sampler with few steps weakens
@@ -11,8 +11,13 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from common import InputError, derived_seed
 
 SIZE, SHAPES = 8, ("circle", "square", "triangle")
+WORLD = (1, SIZE, SIZE)  # shape of its pictures
 GROUND_NOISE, TEXTURE_NOISE = 0.1, 0.4  # standard deviations
 FLOW = Path(__file__).parent / "flow"  # the embedded flow model and features.safetensors
 LABELS = ("x", "y", "radius", "ground", "fill", "ground noise", "texture noise", "softness", "smoothness")
@@ -87,3 +92,52 @@ class FeatureNet(torch.nn.Module):
         net = cls()
         net.load_state_dict({name: value.float() for name, value in safetensors.torch.load_file(file).items()})
         return net.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- the pictures of a run
+
+
+def find_pictures(data, shape, reference_share):
+    """The picture files in the folder `data` and in its folders, [] if that is ""; InputError if they are too few to be shared out, or
+    the world's pictures are to be used and have another shape."""
+    if not data and shape != WORLD:
+        raise InputError(f"--data: the embedded pictures are {WORLD}, the model's {shape}; give a folder of pictures")
+    if data and not Path(data).is_dir():
+        raise InputError(f"--data {data}: no such folder")
+    endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+    files = sorted(f for f in Path(data).rglob("*") if f.suffix.lower() in endings) if data else []
+    kept = round(reference_share * len(files))
+    if data and min(kept, len(files) - kept) < 20:
+        raise InputError(f"--data {data}: {len(files)} pictures are too few, 20 to invert and 20 as reference are needed")
+    return files
+
+
+def load_pictures(args, shape, files):
+    """{"invert": to learn the noises of, "train": to train a base on, "reference" and "floor": for the Frechet distance}, each
+    (n, *shape) in [-1, 1]. Of a folder, "reference" shares no picture with the others. args: of inverse_noise_correction.py."""
+    if not args.data:
+        sizes = {"invert": args.pictures, "reference": 5 * args.eval_pictures, "floor": args.eval_pictures}
+        if args.train_base or args.longer:
+            sizes["train"] = 20_000
+        own = {"invert": (args.seed,), "train": (args.seed,)}  # the others are the same for every run
+        pictures = {name: draw(size, derived_seed(name, *own.get(name, ())))[0] for name, size in sizes.items()}
+    else:
+        loaded = []
+        for file in tqdm(files, desc="read pictures", leave=False, mininterval=1):
+            try:
+                image = Image.open(file).convert("L" if shape[0] == 1 else "RGB")
+            except Exception as error:  # PIL raises many kinds for a damaged file
+                raise InputError(f"--data {file}: cannot be read ({error})") from None
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side)).resize(shape[1:], Image.Resampling.LANCZOS)
+            loaded.append(torch.from_numpy(np.array(image)).view(*shape[1:], shape[0]).permute(2, 0, 1) / 127.5 - 1)
+        generator = torch.Generator().manual_seed(derived_seed("split"))
+        loaded = torch.stack(loaded)[torch.randperm(len(loaded), generator=generator)]
+        kept = round(args.reference_share * len(loaded))
+        pictures = {"reference": loaded[:kept], "train": loaded[kept:]}
+        pictures |= {"invert": loaded[kept:][: args.pictures], "floor": loaded[kept:][: args.eval_pictures]}
+    for name, x in pictures.items():  # the same noise on both sides of every comparison
+        generator = torch.Generator().manual_seed(derived_seed("data noise", name))
+        pictures[name] = x + args.data_noise * torch.randn(x.shape, generator=generator)
+    return pictures

@@ -15,13 +15,11 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import FlowMatchEulerDiscreteScheduler
 
 import common
-from common import Flow, new_network
-from inverse_noise_correction import fit, train_flow
 from rewards import frechet_distance
-from shapes.flow_data import FLOW, SIZE, FeatureNet, draw
+from shapes.flow import Flow, fit, flow_objective
+from shapes.flow_data import FLOW, WORLD, FeatureNet, draw
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Args:
     features: bool = True
     """Train the feature network."""
     network: str = "token:128,128,128"
-    """The flow's network, see common.new_network."""
+    """The flow's network, see new_network in shapes/flow.py."""
     pictures: int = 100000
     """Training pictures of each network."""
     updates: int = 10000
@@ -67,7 +65,8 @@ def train_features(args: Args) -> FeatureNet:
     def loss(generator):
         return error(torch.randint(len(pictures), (64,), generator=generator))
 
-    fit(net, loss, args.feature_updates, 1e-3, (args.seed, "feature network"), {}, args.feature_updates)
+    for _ in fit(net, loss, args.feature_updates, 1e-3, (args.seed, "feature network"), {}, args.feature_updates):
+        pass
     net.half().float()  # what is saved
     with torch.no_grad():
         values = torch.cat([net(part) for part in pictures[: args.pictures // 2].split(500)])
@@ -107,10 +106,11 @@ def main(args: Args) -> None:
         common.write_atomically(args.out / "features.safetensors", safetensors.torch.save(weights))
     if args.flow:
         torch.manual_seed(args.seed)
-        flow = Flow(new_network(args.network, SIZE, 1, 1), FlowMatchEulerDiscreteScheduler(), args.device)
+        flow = Flow.new(args.network, WORLD, args.device)
         pictures = draw(args.pictures, common.derived_seed(args.seed, "flow"))[0]
-        state = {}
-        train_flow(flow, pictures, args.updates, args.lr, args.batch, (args.seed, "flow"), state, args.updates)
+        loss, state = flow_objective(flow, pictures, args.batch), {}
+        for _ in fit(flow.network, loss, args.updates, args.lr, (args.seed, "flow"), state, args.updates):
+            pass
         losses = torch.tensor(state["losses"])
         tenth = max(1, len(losses) // 10)
         print("flow: loss by tenth of the training " + " ".join(f"{part.mean():.4f}" for part in losses.split(tenth)[:10]))

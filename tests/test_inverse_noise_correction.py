@@ -27,12 +27,13 @@ from conftest import (
 )
 from PIL import Image
 
-import common
 import inverse_noise_correction as inc
-from common import Flow, InputError, derived_seed
+from common import InputError, derived_seed
 from inverse_noise_correction import Corrector, correct, euler_invert, euler_sample, interpolant
-from rewards import frechet_distance, frechet_features
+from rewards import frechet_distance, frechet_features, noise_statistics
+from shapes import flow as flows
 from shapes import flow_data
+from shapes.flow import Flow
 
 SCRIPT = "inverse_noise_correction.py"
 EVEN = torch.linspace(1, 0, 9, dtype=torch.float64)
@@ -288,14 +289,11 @@ def test_velocity_is_zero_only_if_the_law_is_standard(r, t):
 
 def new_unet(seed=0, size=8, channels=1):
     torch.manual_seed(seed)
-    return common.new_network("unet:4,8", size, channels, channels)
+    return flows.new_network("unet:4,8", size, channels, channels)
 
 
 def zero_network(spec, size):
-    network = common.new_network(spec, size, 2, 2)
-    for parameter in (network.conv_out if spec.startswith("unet") else network.proj_out_2).parameters():
-        torch.nn.init.zeros_(parameter)
-    return network
+    return flows.new_network(spec, size, 2, 2, zero=True)
 
 
 def settings_of(**more):
@@ -307,7 +305,7 @@ def test_new_corrector_is_the_control(spec):
     z, eps = 1.7 * randn(400, 1, 4, 4).float() @ randn(4, 4, seed=2).float() + 0.5, randn(6, 1, 4, 4, seed=1).float()
     scale_only = Corrector(zero_network(spec, 4), settings_of(), {})
     assert torch.equal(scale_only(eps), 1.7 * eps) and torch.equal(scale_only.standardise(1.7 * eps), 1.7 * eps / 1.7)
-    law = dict(zip(("mean", "root", "inverse"), inc.gaussian_of(z)))
+    law = inc.gaussian_of(z)
     gaussian = Corrector(zero_network(spec, 4), settings_of(), law)
     white = gaussian.standardise(z).flatten(1)
     assert white.mean(0).abs().max() < 1e-3 and (torch.cov(white.T) - torch.eye(16)).abs().max() < 1e-2
@@ -366,10 +364,8 @@ def test_corrector_is_told_the_norm():
     z = z / z.square().mean((1, 2, 3), keepdim=True).sqrt()  # on the sphere
     torch.manual_seed(0)
     corrector = Corrector(OfTheNorm(), settings_of(scale=1.0, corrector_steps=50), {})
-    args = SimpleNamespace(
-        device="cpu", held_out=0.1, batch=256, sample_batch=500, updates=400, lr=0.01, seed=0, checkpoint_every=100
-    )
-    inc.train_corrector(corrector, z, args, {}, lambda: None)
+    args = SimpleNamespace(device="cpu", batch=256, sample_batch=500, updates=400, lr=0.01, seed=0, checkpoint_every=100)
+    inc.train_corrector(corrector, z[:400], z[400:], args, {}, lambda: None)
     eps = torch.randn(4000, 1, 4, 4, generator=seeded(1))
     before, after = (x.square().mean((1, 2, 3)).sqrt() for x in (eps, corrector(eps)))
     assert before.std() > 0.15 and after.std() < 0.08 and after.mean().item() == pytest.approx(1, abs=0.03)
@@ -392,11 +388,9 @@ def test_learnt_corrector_has_the_known_law():
     z = stds * torch.randn(3000, 2, 1, 1, generator=seeded())
     scale = z.square().mean().sqrt().item()
     corrector = Corrector(PerChannel(2), settings_of(scale=scale, corrector_steps=50), {})
-    args = SimpleNamespace(
-        device="cpu", held_out=0.1, batch=256, sample_batch=500, updates=300, lr=0.05, seed=0, checkpoint_every=50
-    )
+    args = SimpleNamespace(device="cpu", batch=256, sample_batch=500, updates=300, lr=0.05, seed=0, checkpoint_every=50)
     state, saved = {}, []
-    inc.train_corrector(corrector, z, args, state, lambda: saved.append(state["update"]))
+    inc.train_corrector(corrector, z[:300], z[300:], args, state, lambda: saved.append(state["update"]))
     assert saved == [50, 100, 150, 200, 250, 300] == [row["update"] for row in state["rows"][1:]]
     made = corrector(torch.randn(20_000, 2, 1, 1, generator=seeded(1)))
     assert made.std((0, 2, 3)).tolist() == pytest.approx([0.6, 1.4], rel=0.06)
@@ -408,15 +402,13 @@ def test_best_held_out_weights_are_kept():
     """30 noises and many updates: the held-out loss rises again, the kept weights are the least one's; at worst the control's."""
     z = torch.randn(40, 2, 1, 1, generator=seeded())
     corrector = Corrector(PerChannel(2), settings_of(), {})
-    args = SimpleNamespace(
-        device="cpu", held_out=0.25, batch=30, sample_batch=500, updates=60, lr=0.3, seed=0, checkpoint_every=10
-    )
+    args = SimpleNamespace(device="cpu", batch=30, sample_batch=500, updates=60, lr=0.3, seed=0, checkpoint_every=10)
     state = {}
-    inc.train_corrector(corrector, z, args, state, lambda: None)
+    inc.train_corrector(corrector, z[:10], z[10:], args, state, lambda: None)
     assert state["best"] == min(row["held_out"] for row in state["rows"]) < state["rows"][-1]["held_out"]
     for name, value in corrector.network.state_dict().items():
         assert torch.equal(value, state["final"][name])
-    assert not {"optimizer", "average", "weights"} & set(state)
+    assert not {"optimizer", "average"} & set(state)
 
 
 # ---------------------------------------------------------------- measures
@@ -450,18 +442,18 @@ def test_frechet_distance_of_gaussians():
 
 
 def test_noise_statistics():
-    standard = inc.noise_statistics(randn(4000, 1, 16, 16))
+    standard = noise_statistics(randn(4000, 1, 16, 16))
     expected = {"norm": 1, "norm_spread": 1 / math.sqrt(512), "mean": 0, "variance": 1, "kurtosis": 3}
     expected |= {f"{name}_{lag}": 0 for name in ("correlation", "energy_correlation") for lag in (1, 2)}
     assert standard == pytest.approx(expected, abs=0.02)
     white = randn(4000, 1, 16, 17, seed=1)
     smooth = (white[..., 1:] + white[..., :-1]) / math.sqrt(2)
-    found = inc.noise_statistics(smooth)  # correlated along rows only: one half, half of that with columns
+    found = noise_statistics(smooth)  # correlated along rows only: one half, half of that with columns
     assert [found["correlation_1"], found["correlation_2"], found["energy_correlation_1"]] == pytest.approx(
         [0.25, 0, 0.125], abs=0.02
     )
     scale = torch.where(torch.rand(4000, 1, 1, 1, generator=seeded()) < 0.5, 0.5, 1.5).double()
-    mixture = inc.noise_statistics(scale * randn(4000, 1, 16, 16) + 0.3)
+    mixture = noise_statistics(scale * randn(4000, 1, 16, 16) + 0.3)
     # E s^4 / (E s^2)^2 = 2.5625 / 1.5625
     assert mixture["kurtosis"] == pytest.approx(3 * 2.5625 / 1.5625, rel=0.02) and mixture["mean"] == pytest.approx(
         0.3, abs=0.02
@@ -472,10 +464,10 @@ def test_noise_statistics():
 
 def test_count_flops():
     linear, conv = torch.nn.Linear(5, 7), torch.nn.Conv2d(3, 8, 3, padding=1)
-    assert common.count_flops(lambda: linear(torch.ones(11, 5))) == 2 * 11 * 5 * 7
-    assert common.count_flops(lambda: conv(torch.ones(2, 3, 6, 6))) == 2 * 2 * 36 * 3 * 9 * 8
+    assert flows.count_flops(lambda: linear(torch.ones(11, 5))) == 2 * 11 * 5 * 7
+    assert flows.count_flops(lambda: conv(torch.ones(2, 3, 6, 6))) == 2 * 2 * 36 * 3 * 9 * 8
     q = torch.ones(1, 2, 10, 4)
-    attention = common.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    attention = flows.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
     assert attention == 2 * 2 * 2 * 10 * 10 * 4
 
 
@@ -532,9 +524,9 @@ def test_training_script(tmp_path):
     short = {"device": "cpu", "pictures": 100, "updates": 2, "batch": 4, "feature_updates": 2, "network": "token:8,8"}
     train_flow.main(train_flow.Args(out=tmp_path / "flow", **short))
     train_flow.main(train_flow.Args(out=tmp_path / "other", seed=1, features=False, **short))
-    assert common.check_flow(str(tmp_path / "flow")) == (1, 8, 8)
+    assert flows.check_flow(str(tmp_path / "flow")) == (1, 8, 8)
     first, other = (Flow.load(tmp_path / name, "cpu") for name in ("flow", "other"))
-    assert common.model_hash(first.network) != common.model_hash(other.network)
+    assert flows.model_hash(first.network) != flows.model_hash(other.network)
     assert (
         next(first.network.parameters()).dtype == torch.float32 and not (tmp_path / "other" / "features.safetensors").exists()
     )
@@ -588,7 +580,7 @@ def test_euler_sample_equals_the_stock_scheduler(tmp_path, kind, power, shift):
 
     folder = save_flow(tmp_path / "flow", new_unet() if kind == "unet" else tiny_transformer(), shift=shift)
     flow = Flow.load(folder, "cpu")
-    assert common.check_flow(folder) == flow.shape == (1, 8, 8)
+    assert flows.check_flow(folder) == flow.shape == (1, 8, 8)
     noise = torch.randn(3, 1, 8, 8, generator=seeded())
     found = euler_sample(flow.velocity, noise, flow.grid(5, power))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -618,21 +610,21 @@ def test_flow_loss():
         torch.rand(50_000, generator=seeded(2), dtype=torch.float64),
     )
     exact = gaussian_velocity(0.3)
-    best = inc.flow_loss(exact, x, eps, sigma)
+    best = flows.flow_loss(exact, x, eps, sigma)
     for other in (
         lambda x, s: 1.05 * exact(x, s),
         lambda x, s: exact(x, 1 - s),
         lambda x, s: -exact(x, s),
         lambda x, s: exact(x, s) + 0.1,
     ):
-        assert inc.flow_loss(other, x, eps, sigma) > best + 1e-3
+        assert flows.flow_loss(other, x, eps, sigma) > best + 1e-3
 
 
 def test_model_hash(tiny_flow):
     first, again, other = damped(new_unet()), Flow.load(tiny_flow, "cpu").network, damped(new_unet())
-    assert common.model_hash(first) == common.model_hash(again)
+    assert flows.model_hash(first) == flows.model_hash(again)
     other.conv_out.bias.data[0] += 1e-6
-    assert common.model_hash(first) != common.model_hash(other)
+    assert flows.model_hash(first) != flows.model_hash(other)
 
 
 # ---------------------------------------------------------------- pictures of a folder
@@ -654,7 +646,7 @@ def test_load_pictures(data):
     args = SimpleNamespace(data=data, data_noise=0.0, reference_share=0.4, pictures=30, eval_pictures=25, seed=0)
     files = sorted(f for f in (ROOT / data).rglob("*.png"))
     for shape in ((1, 8, 8), (3, 8, 8)):
-        found = inc.load_pictures(args, shape, files)
+        found = flow_data.load_pictures(args, shape, files)
         assert {name: tuple(x.shape) for name, x in found.items()} == {
             "reference": (36, *shape),
             "train": (54, *shape),
@@ -669,7 +661,7 @@ def test_load_pictures(data):
         expected = np.asarray(image.convert("L" if shape[0] == 1 else "RGB").resize((8, 8), Image.Resampling.LANCZOS), float)
         expected = torch.from_numpy(expected.reshape(8, 8, -1)).permute(2, 0, 1).float() / 127.5 - 1
         assert (everything - expected).abs().amax((1, 2, 3)).min() < 1e-6
-        noisy = inc.load_pictures(SimpleNamespace(**{**vars(args), "data_noise": 0.2}), shape, files)
+        noisy = flow_data.load_pictures(SimpleNamespace(**{**vars(args), "data_noise": 0.2}), shape, files)
         for name, x in found.items():
             assert (noisy[name] - x).std().item() == pytest.approx(0.2, rel=0.1)
 
@@ -717,7 +709,7 @@ def test_results(finished, tiny_flow, data):
     folder, out = finished
     results = json.loads((folder / "results.json").read_text())
     args = SimpleNamespace(data=data, data_noise=0.0, reference_share=0.5, pictures=40, eval_pictures=20, seed=0)
-    pictures = inc.load_pictures(args, (1, 8, 8), sorted((ROOT / data).rglob("*.png")))
+    pictures = flow_data.load_pictures(args, (1, 8, 8), sorted((ROOT / data).rglob("*.png")))
     flow = Flow.load(tiny_flow, "cpu")
     sigmas = flow.grid(3, 1.0)
     found = euler_invert(flow.velocity, pictures["invert"], sigmas, 60, 1e-3)
@@ -728,14 +720,15 @@ def test_results(finished, tiny_flow, data):
     assert 0 < results["inversion"]["largest_round_trip_error"] < 1e-2
     learnt_from = found.noise[10:]  # the first ten choose the weights
     assert results["scale"] == pytest.approx(learnt_from.square().mean().sqrt().item(), rel=1e-5)
-    assert results["noise"]["inverted"] == pytest.approx(inc.noise_statistics(found.noise), rel=1e-4)
+    assert results["noise"]["inverted"] == pytest.approx(noise_statistics(found.noise), rel=1e-4)
 
     corrector = Corrector.load(folder / "corrector", flow.network, set_grid(flow, 3))
-    mean, root, _ = inc.gaussian_of(learnt_from)
+    law = inc.gaussian_of(learnt_from)
+    mean, root = law["mean"], law["root"]
     eps = torch.stack([torch.randn(1, 8, 8, generator=seeded(derived_seed("eval", i))) for i in range(20)])
     gaussian = (mean + eps.flatten(1) @ root).view_as(eps)
-    call = common.count_flops(lambda: flow.velocity(eps[:1], sigmas[:1]))
-    correction = common.count_flops(lambda: corrector.velocity(eps[:1], torch.zeros(1)))
+    call = flows.count_flops(lambda: flow.velocity(eps[:1], sigmas[:1]))
+    correction = flows.count_flops(lambda: corrector.velocity(eps[:1], torch.zeros(1)))
     matched = math.ceil((3 * call + 2 * correction) / call)
     assert results["matched_steps"] == matched
     expected = [("base", eps, k, 1.0, k * call) for k in sorted({3, matched, 6, 12})]
@@ -745,10 +738,7 @@ def test_results(finished, tiny_flow, data):
     expected += [("gaussian", gaussian, 3, 1.0, 3 * call + 2 * 64 * 64)]
     matched_norms = inc.match_norms(
         eps,
-        Corrector(None, {}, dict(zip(("mean", "root", "inverse"), inc.gaussian_of(learnt_from))))
-        .standardise(learnt_from)
-        .flatten(1)
-        .norm(dim=1),
+        Corrector(None, {}, inc.gaussian_of(learnt_from)).standardise(learnt_from).flatten(1).norm(dim=1),
     )
     expected += [
         ("gaussian, norms matched", (mean + matched_norms.flatten(1) @ root).view_as(eps), 3, 1.0, 3 * call + 2 * 64 * 64)
@@ -770,10 +760,10 @@ def test_results(finished, tiny_flow, data):
     assert results["corrector"]["flops"] == 2 * correction
     assert results["training_flops"]["inversion"] == found.calls * call
     corrector.network.requires_grad_(True)
-    one = common.count_flops(lambda: corrector.velocity(torch.zeros(8, 1, 8, 8), torch.zeros(8)).sum().backward())
+    one = flows.count_flops(lambda: corrector.velocity(torch.zeros(8, 1, 8, 8), torch.zeros(8)).sum().backward())
     assert results["training_flops"]["corrector"] == 5 * one
     flow.network.requires_grad_(True)
-    one = common.count_flops(lambda: flow.network(torch.zeros(8, 1, 8, 8), 0.0).sample.sum().backward())
+    one = flows.count_flops(lambda: flow.network(torch.zeros(8, 1, 8, 8), 0.0).sample.sum().backward())
     assert f"trained on for {round(sum(results['training_flops'].values()) / one)} updates" in out
 
 
@@ -823,23 +813,21 @@ def test_same_arguments_same_run(finished, uninterrupted):
     assert_same_run(finished[0], uninterrupted)
 
 
-KILLERS = [
-    [("os", "fsync", 3)],  # in the middle of writing the second batch's noises
-    [("torch.nn.utils", "clip_grad_norm_", 4)],  # between two updates of the corrector, two are saved
-    [
-        ("common", "write_csv", 2),
-        ("common", "save_checkpoint", 1),
-        ("torch.linalg", "eigvalsh", 3),
-    ],  # ... and in the evaluation
-    [("torch.nn.utils", "clip_grad_norm_", 8), ("common", "save_figure", 2)],  # base trained on; the end
+KILLERS = [  # one after the other, each in the run that goes on from the one before
+    ("os", "fsync", 3),  # in the middle of writing the second batch's noises
+    ("torch.nn.utils", "clip_grad_norm_", 4),  # between two updates of the corrector, two are saved
+    ("rewards", "write_csv", 2),
+    ("common", "save_checkpoint", 1),
+    ("torch.nn.utils", "clip_grad_norm_", 4),  # one update of the corrector, then the base trained on: two are saved
+    ("torch.linalg", "eigvalsh", 3),  # in the evaluation, one row is saved
+    ("rewards", "save_figure", 2),  # the end
 ]
 
 
-@pytest.mark.parametrize("killers", KILLERS, ids=lambda k: "+".join(f"{name}{n}" for _, name, n in k))
-def test_killed_and_resumed(arguments, uninterrupted, tmp_path, killers):
+def test_killed_and_resumed(arguments, uninterrupted, tmp_path):
     argv = [*arguments, "--output", "run"]
-    for killer in killers:
-        assert exit_code(argv, tmp_path, killer, SCRIPT) == -signal.SIGKILL
+    for killer in KILLERS:
+        assert exit_code(argv, tmp_path, killer, SCRIPT) == -signal.SIGKILL, killer
         argv = ["--resume", "run"]
     assert exit_code(argv, tmp_path, script=SCRIPT) == 0, (tmp_path / "output.txt").read_text()
     assert_same_run(tmp_path / "run", uninterrupted)
@@ -857,7 +845,7 @@ def test_train_base_killed_and_resumed(arguments, tmp_path):
     assert exit_code(["--resume", "run"], cwds[1], script=SCRIPT) == 0, (cwds[1] / "output.txt").read_text()
     assert_same_run(cwds[1] / "run", cwds[0] / "run")
     flow = Flow.load(cwds[0] / "run" / "flow", "cpu")
-    assert flow.shape == (3, 8, 8) and common.check_flow(cwds[0] / "run" / "flow") == (3, 8, 8)
+    assert flow.shape == (3, 8, 8) and flows.check_flow(cwds[0] / "run" / "flow") == (3, 8, 8)
     corrector = Corrector.load(cwds[0] / "run" / "corrector", flow.network, set_grid(flow, 20))
     assert corrector(torch.zeros(2, 3, 8, 8)).shape == (2, 3, 8, 8)
 
