@@ -62,7 +62,7 @@ class Args:
     reward_dtype: str = "float32"  # their precision: float32, bfloat16 or float16
     reward_batch: int = 16  # pictures that they judge at a time
 
-    rounds: int = 15  # times to sample and update
+    rounds: int = 12  # times to sample and update
     prompts_per_round: int = 80  # prompts sampled in a round, none twice
     samples: int = 8  # samples per prompt
     epochs: int = 1  # passes over a round's trajectories
@@ -72,7 +72,7 @@ class Args:
     lora_rank: int = 16  # rank of the LoRA
     lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
     lora_targets: str | None = None  # attention, all (linear and convolution), or layer names (all; others attention)
-    batch: int = 64  # trajectories per update
+    batch: int = 32  # trajectories per update
     micro_batch: int | None = None  # trajectories per backward pass, accumulated to --batch (64; others 2; SD XL, SD 3 1)
     lr: float | None = None  # AdamW learning rate (3e-3; other models 3e-4)
 

@@ -71,7 +71,8 @@ class Flow:
 
 def new_network(spec, size, inputs, outputs, zero=False):
     """A stock network for size x size pictures. spec: "unet:24,48,48", a UNet2DModel with these channels and no attention, or
-    "token:128,128,128", a DiTTransformer2DModel with one token of this width and as many layers, for very small pictures. zero: its output is 0 until it is trained."""
+    "token:128,128,128", a DiTTransformer2DModel with one token of this width and as many layers, for very small pictures.
+    zero: its output is 0 until it is trained."""
     import diffusers
 
     kind, widths = spec.split(":")[0], [int(width) for width in spec.split(":")[1].split(",")]
