@@ -114,9 +114,7 @@ class Inversion:
     """What euler_invert found."""
 
     noise: torch.Tensor  # (batch, ...); without meaning where not converged
-    residual: (
-        torch.Tensor
-    )  # (batch,) root mean square of x_{k+1} - (sigma_{k+1} - sigma_k) v(x, sigma_k) - x, of the worst step
+    residual: torch.Tensor  # (batch,) of equation (2) in the worst step: root mean square of right side - x
     iterations: list  # (N,) model calls of the slowest sample in each step
     converged: torch.Tensor  # (batch,) bool
     contraction: list  # (N,) |change of the right side of (2)| / |change of x|, a sample's largest, median over the samples
