@@ -34,7 +34,7 @@ METRICS = ("shapes_strict", "shapes_graded", "shapes_fit", "jpeg_compressibility
 ARMS = {
     "none": ("control: GRAFT without selection", "graft.py --rule none", "--rounds 1"),
     "graft": ("GRAFT", "graft.py", "--rounds 1"),
-    "graft_7": ("GRAFT, 7 rounds", "graft.py --rounds 7", "--rounds 2"),
+    "graft_tuned": ("GRAFT, tuned", "graft.py --rule threshold --threshold 1 --lr 3e-3 --rounds 6", "--rounds 2"),
     "pgraft": ("P-GRAFT, base from level 0.2 on", "pgraft.py --switch 0.2", "--rounds 1"),
     "noise_ppo": ("Noise PPO", "noise_ppo.py --iterations 36 --eval_steps 4,10 --no-controls", "--iterations 6"),
     "pgraft_noise_ppo": (
@@ -47,7 +47,7 @@ ARMS = {
 STYLES = {
     "none": "k:",
     "graft": "C0o-",
-    "graft_7": "C0o--",
+    "graft_tuned": "C0o--",
     "pgraft": "C1s-",
     "noise_ppo": "C2^-",
     "pgraft_noise_ppo": "C4v-",
@@ -153,7 +153,7 @@ def table(results: Path) -> str:
 def reached(results: Path) -> str:
     """What GRAFT needed to reach the held-out reward at which DDPO ended, and what DDPO needed (curves: means over seeds)."""
     ddpo, words = load(results, "ddpo"), ""
-    for arm in ("graft", "graft_7"):
+    for arm in ("graft", "graft_tuned"):
         graft = load(results, arm)
         if not graft or not ddpo:
             continue
