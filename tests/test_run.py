@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT,
     assert_same_pictures,
     assert_same_run,
     environment,
