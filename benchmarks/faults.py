@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMON = "--device cpu --prompts ../train.txt --eval_prompts ../held_out.txt --reward shapes_graded --eval_rewards shapes_fit"
 COMMON += " --steps 4 --samples 4 --eval_samples 2"
 GRAFT = f"{COMMON} --rounds 2 --prompts_per_round 2 --updates 2 --batch 4 --micro_batch 4 --save_accepted"
-INC = "--device cpu --pictures 60 --sample_batch 20 --eval_pictures 30 --updates 4 --checkpoint_every 2 --batch 8 --max_failed 0.5"
+INC = "--device cpu --pictures 60 --sample_batch 20 --eval_pictures 30 --updates 4 --checkpoint_every 2 --batch 64 --max_failed 0.5"
 SCRIPTS = {  # a run that does everything
     "graft.py": GRAFT,
     "pgraft.py": f"{GRAFT} --probe_prompts 2 --probe_restarts 2 --probe_limit 1",
