@@ -169,10 +169,10 @@ def anderson(new, old, moves):
     return new - (moves[:, 1].transpose(0, 1) * weight).sum(1)
 
 
-def interpolant(eps, z, t):
-    """(y_t, dy_t / dt) of equation (3). eps, z: (batch, ...), t: (batch,) in [0, 1]; z has been divided by s."""
-    angle = 0.5 * math.pi * t.view(-1, *[1] * (z.dim() - 1))
-    return angle.cos() * eps + angle.sin() * z, 0.5 * math.pi * (angle.cos() * z - angle.sin() * eps)
+def interpolant(eps, w, t):
+    """(y_t, dy_t / dt) of equation (3). eps, w: (batch, ...), t: (batch,) in [0, 1]."""
+    angle = 0.5 * math.pi * t.view(-1, *[1] * (w.dim() - 1))
+    return angle.cos() * eps + angle.sin() * w, 0.5 * math.pi * (angle.cos() * w - angle.sin() * eps)
 
 
 @torch.no_grad()
@@ -220,15 +220,16 @@ class Corrector:
         return a + b * y
 
     def standardise(self, z):
-        """What takes the place of z / s in equation (3)."""
+        """z -> w of equation (3), (n, ...)."""
         if not self.law:
             return z / self.settings["scale"]
         return ((z.flatten(1) - self.law["mean"]) @ self.law["inverse"]).view_as(z)
 
-    def destandardise(self, y):
+    def destandardise(self, w):
+        """w -> z."""
         if not self.law:
-            return y * self.settings["scale"]
-        return (self.law["mean"] + y.flatten(1) @ self.law["root"]).view_as(y)
+            return w * self.settings["scale"]
+        return (self.law["mean"] + w.flatten(1) @ self.law["root"]).view_as(w)
 
     @torch.no_grad()
     def __call__(self, noise, steps=None):
@@ -316,12 +317,12 @@ def invert_pictures(flow, pictures, sigmas, args, folder):
 def train_corrector(corrector, kept, known, args, state, save):
     """Fit equation (3) to the noises known (n, *shape); the network ends with the averaged weights whose loss on the noises kept
     (m, *shape) was least. state: {} or what save() stored. Returns the floating-point operations."""
-    network, kept, known = corrector.network, corrector.standardise(kept), corrector.standardise(known)
+    network, kept, known = corrector.network, corrector.standardise(kept), corrector.standardise(known)  # from here on w
 
-    def loss_of(z, generator):
-        eps = torch.randn(z.shape, generator=generator).to(args.device)
-        t = torch.rand(len(z), generator=generator).to(args.device)
-        y, target = interpolant(eps, z, t)
+    def loss_of(w, generator):
+        eps = torch.randn(w.shape, generator=generator).to(args.device)
+        t = torch.rand(len(w), generator=generator).to(args.device)
+        y, target = interpolant(eps, w, t)
         return (corrector.velocity(y, t) - target).square().mean()
 
     def loss(generator):
