@@ -190,12 +190,12 @@ KILLERS = [
     [("torch.nn.utils", "clip_grad_norm_", 2)],  # between two updates
     [("os", "fsync", 2)],  # in the middle of writing the first checkpoint
     [("os", "replace", 2)],  # before the first checkpoint gets its name
-    [("common", "write_csv", 1)],
+    [("rewards", "write_csv", 1)],
     [("common", "save_checkpoint", 2)],  # round 1 ended, not saved
     [("rewards", "jpeg_kilobytes", 45)],  # round 1 saved, round 2 sampling
     [("common", "save_checkpoint", 3)],
     [("torch.nn.utils", "clip_grad_norm_", 4)],  # last update
-    [("common", "write_csv", 2)],
+    [("rewards", "write_csv", 2)],
     [("common", "save_checkpoint", 4)],  # everything made, round 2 not saved
     [("rewards", "jpeg_kilobytes", 9), ("torch.nn.utils", "clip_grad_norm_", 1), ("common", "save_checkpoint", 1)],
 ]
