@@ -5,12 +5,16 @@ The denoising loops and the losses are not here: they stand in the method files,
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import importlib
 import io
 import json
 import os
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LORA_FILE = "pytorch_lora_weights.safetensors"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # what a disk says, not a bug
+HELD = []  # the open run folder, locked as long as it is open
 FAMILIES = {  # pipeline class: further prompts that its encode_prompt takes
     "StableDiffusionPipeline": (),  # 1.x, 2.x
     "StableDiffusionXLPipeline": ("prompt_2",),
@@ -36,18 +42,27 @@ class InputError(Exception):
 
 
 def run_script(main, cls) -> None:
-    """main(args, folder_known) with the command line's arguments; main tells its run folder to folder_known. InputError ends
-    the program with one line and exit code 2; Ctrl-C with exit code 130 and how to continue."""
+    """main(args, folder_known) with the command line's arguments; main tells its run folder to folder_known. InputError and what
+    the disk says end the program with one line and exit code 2; Ctrl-C with exit code 130. Both say how to continue."""
     folders = []
+    # the thread of tensorboard's writer prints what it raises again in the main thread
+    threading.excepthook = lambda seen: isinstance(seen.exc_value, OSError) or threading.__excepthook__(seen)
     try:
         main(parse_arguments(cls), folders.append)
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
         command = f"Continue with: python {Path(sys.argv[0]).name} --resume"
-        print(f"\ninterrupted. {f'{command} {folders[0]}' if folders else 'Nothing was written.'}", file=sys.stderr)
-        sys.exit(130)
+        then = f"{command} {folders[0]}" if folders else "Nothing was written."
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\ninterrupted. {then}", file=sys.stderr)
+            sys.exit(130)
+        if not any(os.strerror(code) in str(error) for code in DISK_ERRORS):  # libraries wrap it in errors of their own
+            raise
+        found = " ".join(str(error).split())
+        print(f"error: {found}: make room or allow access; nothing saved is lost. {then}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse_arguments(cls, argv: list[str] | None = None):
@@ -415,7 +430,8 @@ def derived_seed(*key: int | str) -> int:
 def check_output(output: str, resume: str) -> None:
     """InputError if --output exists already (unless the run is resumed)."""
     path = Path(output)
-    if not output or resume or not path.exists() or path.is_dir() and not any(path.iterdir()):
+    # args.json.part: of a run that was killed before it had begun
+    if not output or resume or not path.exists() or path.is_dir() and {p.name for p in path.iterdir()} <= {"args.json.part"}:
         return
     if (path / "args.json").is_file():
         raise InputError(f"--output {output}: holds a run already; continue it with --resume {output}, or give a new folder")
@@ -423,16 +439,32 @@ def check_output(output: str, resume: str) -> None:
 
 
 def make_run_folder(args, script: str, model: str, seed: int) -> Path:
-    """The folder of this run, with args.json: the one to resume, --output, or a new one under runs/."""
-    if args.resume:
-        return Path(args.resume)
-    folder = Path(args.output or f"runs/{script}__{Path(model).name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    """The folder of this run, with args.json: the one to resume, --output, or a new one under runs/. Until the process ends or
+    makes the next folder, no other process can have it: InputError."""
+    named = f"runs/{script}__{Path(model).name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.resume or args.output or named)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        lock(folder, "--resume" if args.resume else "--output")
+        if not args.resume:
+            check_output(str(folder), "")  # again: another process may have been faster
+            write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
     except OSError as error:
         raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
     return folder
+
+
+def lock(folder: Path, flag: str) -> None:
+    """Keep other processes from running in `folder`; the system ends that with the process, even a killed one."""
+    while HELD:
+        os.close(HELD.pop())
+    HELD.append(os.open(folder, os.O_RDONLY))
+    try:
+        fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{flag} {folder}: in use by another process; wait for it, or give another folder") from None
+    except OSError as error:  # some network file systems
+        print(f"warning: {folder} cannot be locked ({error.strerror}); start no second run in it", file=sys.stderr)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -445,19 +477,26 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     os.replace(beside, path)
 
 
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """Atomically write `state` (tensors, numbers, strings, lists, dicts) to checkpoint.pt."""
+def save_checkpoint(folder: Path, state: dict, name: str = "checkpoint.pt") -> None:
+    """Atomically write `state` (tensors, numbers, strings, lists, dicts) and the run's arguments to the file `name`."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(folder / "checkpoint.pt", buffer.getvalue())
+    torch.save(state | {"args": (folder / "args.json").read_text(encoding="utf-8")}, buffer)
+    write_atomically(folder / name, buffer.getvalue())
 
 
-def load_checkpoint(folder: Path) -> dict | None:
-    """The last checkpoint, or None if the run was stopped before the first."""
-    path = folder / "checkpoint.pt"
+def load_checkpoint(folder: Path, name: str = "checkpoint.pt") -> dict | None:
+    """What save_checkpoint wrote last, or None if the run was stopped before. InputError if one bit of it is not what was written,
+    or if args.json is not what it was then."""
+    path, refused = folder / name, f"--resume {folder}: {name}"
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise InputError(f"--resume {folder}: checkpoint.pt is damaged ({type(error).__name__}); start a new run") from None
+        with zipfile.ZipFile(path) as file:  # torch does not look at the checksums
+            if file.testzip():
+                raise ValueError("checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+        raise InputError(f"{refused} is damaged ({type(error).__name__}: {error}); start a new run") from None
+    if state.pop("args", None) != (folder / "args.json").read_text(encoding="utf-8"):
+        raise InputError(f"{refused} was made with another args.json; put that back, or start a new run")
+    return state

@@ -281,8 +281,8 @@ def invert_pictures(flow, pictures, sigmas, args, folder):
     (folder / "inversion").mkdir(exist_ok=True)
     parts, failed = [], 0
     for i in tqdm(range(0, len(pictures), args.sample_batch), desc="invert", unit="batch", leave=False, mininterval=1):
-        file = folder / "inversion" / f"{i:06d}.safetensors"
-        if not file.exists():
+        part = common.load_checkpoint(folder, f"inversion/{i:06d}.pt")
+        if not part:
             x = pictures[i : i + args.sample_batch].to(args.device)
             found = euler_invert(flow.velocity, x, sigmas, args.max_iterations, args.tolerance, args.memory)
             z = found.noise[found.converged]
@@ -290,8 +290,9 @@ def invert_pictures(flow, pictures, sigmas, args, folder):
             part = {"noise": z, "error": error.square().flatten(1).mean(1).sqrt(), "residual": found.residual[found.converged]}
             part |= {"iterations": torch.tensor(found.iterations), "contraction": torch.tensor(found.contraction)}
             part["counts"] = torch.tensor([len(x), found.calls])
-            common.write_atomically(file, safetensors.torch.save({k: v.cpu().contiguous() for k, v in part.items()}))
-        parts.append(safetensors.torch.load_file(file))
+            part = {k: v.cpu().contiguous() for k, v in part.items()}
+            common.save_checkpoint(folder, part, f"inversion/{i:06d}.pt")
+        parts.append(part)
         failed += parts[-1]["counts"][0].item() - len(parts[-1]["noise"])
         if failed > args.max_failed * len(pictures):
             worst = torch.stack([p["contraction"] for p in parts]).nanmean(0)

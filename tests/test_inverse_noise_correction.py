@@ -187,6 +187,7 @@ def test_failed_pictures_are_left_out_and_counted(tmp_path):
     x[bad] += 3
     flow, sigmas = SimpleNamespace(velocity=velocity), EVEN.float()
     args = SimpleNamespace(sample_batch=16, max_iterations=30, tolerance=1e-5, memory=0, max_failed=0.1, device="cpu")
+    (tmp_path / "args.json").write_text("{}")
     noises, report = inc.invert_pictures(flow, x, sigmas, args, tmp_path)
     good = torch.tensor([i for i in range(40) if i not in bad])
     assert (report["left_out"], report["pictures"]) == (3, 40) and torch.allclose(

@@ -543,8 +543,8 @@ KILLERS = [
     [("rewards", "jpeg_kilobytes", 31)],  # in the second iteration's sampling
     [("torch", "minimum", 7)],  # between two updates of the second iteration
     [("os", "fsync", 7)],  # in the middle of writing a file
-    [("common", "save_panels", 1)],  # trained, evaluated, not all written
-    [("common", "save_checkpoint", 2), ("common", "write_csv", 1), ("common", "save_checkpoint", 1)],
+    [("rewards", "save_panels", 1)],  # trained, evaluated, not all written
+    [("common", "save_checkpoint", 2), ("rewards", "write_csv", 1), ("common", "save_checkpoint", 1)],
 ]
 
 

@@ -944,7 +944,7 @@ def test_evaluate_graft_with_a_switch(tiny_arguments, run, tiny_v, prompt_files)
 KILLERS = [
     [("rewards", "jpeg_kilobytes", 20)],  # probing
     [("common", "save_checkpoint", 1)],  # probed, not saved
-    [("common", "write_csv", 1)],  # probe saved, its table not written
+    [("rewards", "write_csv", 1)],  # probe saved, its table not written
     [("os", "replace", 8), ("common", "save_checkpoint", 2)],  # pgraft.json has no name yet; round 2 sampled, not saved
     [("torch.nn.utils", "clip_grad_norm_", 4)],  # last update
 ]

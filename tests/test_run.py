@@ -6,14 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT,
     assert_same_pictures,
     assert_same_run,
     environment,
@@ -188,14 +186,9 @@ KILLERS = [
     [("common", "save_checkpoint", 1)],  # sampled, nothing saved
     [("torch.nn.utils", "clip_grad_norm_", 1)],  # first checkpoint written, no update made
     [("torch.nn.utils", "clip_grad_norm_", 2)],  # between two updates
-    [("os", "fsync", 2)],  # in the middle of writing the first checkpoint
-    [("os", "replace", 2)],  # before the first checkpoint gets its name
-    [("common", "write_csv", 1)],
     [("common", "save_checkpoint", 2)],  # round 1 ended, not saved
     [("rewards", "jpeg_kilobytes", 45)],  # round 1 saved, round 2 sampling
-    [("common", "save_checkpoint", 3)],
     [("torch.nn.utils", "clip_grad_norm_", 4)],  # last update
-    [("common", "write_csv", 2)],
     [("common", "save_checkpoint", 4)],  # everything made, round 2 not saved
     [("rewards", "jpeg_kilobytes", 9), ("torch.nn.utils", "clip_grad_norm_", 1), ("common", "save_checkpoint", 1)],
 ]
@@ -211,7 +204,7 @@ def test_killed_and_resumed(tiny_arguments, uninterrupted, tmp_path, killers):
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize("n", range(1, 5))
+@pytest.mark.parametrize("n", (1, 4))
 def test_every_file_is_replaced_not_overwritten(tiny_arguments, tmp_path, n):
     """Killed in the middle of the n-th write, a run keeps every older file whole."""
 
@@ -233,48 +226,6 @@ def test_resume_of_a_finished_run(uninterrupted, tmp_path):
     assert exit_code(["--resume", "run"], tmp_path) == 0
     assert_same_run(tmp_path / "run", uninterrupted)
     assert "import torch; from diffusers" in (tmp_path / "output.txt").read_text()
-
-
-# ---------------------------------------------------------------- stopped from outside
-
-
-def start(argv, cwd):
-    command = [sys.executable, str(ROOT / "graft.py"), *argv]
-    # a background shell may have told its children to ignore Ctrl-C
-    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environment(), preexec_fn=restore, **pipes)
-
-
-def wait_for(path, process):
-    for _ in range(1200):
-        if path.exists():
-            return
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    raise AssertionError(f"{path} never came")
-
-
-def test_interrupt_says_how_to_resume(tiny_arguments, tmp_path, monkeypatch):
-    process = start([*tiny_arguments, "--updates", "100000", "--output", "run"], tmp_path)
-    wait_for(tmp_path / "run" / "checkpoint.pt", process)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in error
-    assert "--resume run" in error.strip().splitlines()[-1]
-    monkeypatch.chdir(tmp_path)
-    code, _, error = run_inside(["--resume", "run", "--lr", "0.5"])
-    assert code == 2 and error.startswith("error: --lr 0.5") and error.count("\n") == 1
-
-
-def test_kill_from_outside(tiny_arguments, uninterrupted, tmp_path):
-    process = start([*tiny_arguments, *ALL, "--output", "run"], tmp_path)
-    wait_for(tmp_path / "run" / "checkpoint.pt", process)
-    process.kill()
-    process.wait()
-    done = run_script(["--resume", "run"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "run", uninterrupted)
 
 
 # ---------------------------------------------------------------- rules and flags

@@ -1,0 +1,142 @@
+"""A short version of benchmarks/faults.py, on a tiny pipeline; and what it asks of the run folder, one at a time."""
+
+import dataclasses
+import errno
+import fcntl
+import io
+import random
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line, run_inside
+
+import common
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import faults  # noqa: E402
+
+SCRIPT = "graft.py"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_arguments, tmp_path_factory):
+    """(folder of the cases, reference run); graft.py runs with the tiny arguments."""
+    folder = tmp_path_factory.mktemp("faults")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(faults.SCRIPTS, SCRIPT, " ".join([*tiny_arguments, "--save_accepted"]))
+        patch.setattr(faults, "mount", lambda cwd, options: cwd.mkdir(exist_ok=True))  # None: only what every user may do
+        yield folder, *faults.make_reference(SCRIPT, folder)
+
+
+CASES = [
+    (faults.killed_writing, ("os.replace", 1, False)),  # args.json has no name yet
+    (faults.killed_writing, ("safetensors.torch.save_file", 1, True)),
+    (faults.interrupted, (("common.check_model_name", 1),)),
+    (faults.interrupted, ("update 2",)),
+    (faults.full_disk, (0.6,)),
+    (faults.damaged, ("checkpoint.pt", "changed", random.Random(0))),
+    (faults.damaged, ("args.json", "changed", random.Random(0))),
+    (faults.two_at_once, ()),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__} {case[1]}")
+def test_survived(case, uninterrupted):
+    folder, reference, _ = uninterrupted
+    function, options = case
+    cwd = folder / (function.__name__ if function is faults.damaged else f"case{CASES.index(case)}")
+    assert faults.check(function, SCRIPT, cwd, reference, options)["outcome"] == "ok"
+
+
+def test_killed_at_a_random_moment(uninterrupted):
+    folder, reference, done = uninterrupted
+    moment = random.uniform(0.3, 0.9) * done["seconds"]
+    found = faults.check(faults.killed_at, SCRIPT, folder / "moment", reference, (moment, 0.5 * moment))
+    assert found["outcome"] == "ok", f"killed after {moment} s: {found}"
+
+
+def test_a_difference_is_seen(uninterrupted, tmp_path):
+    """One bit in a tensor, one digit, a missing file."""
+    _, reference, _ = uninterrupted
+    state = torch.load(reference / "checkpoint.pt", weights_only=True)
+    weights = next(iter(state["lora"].values()))
+    weights.view(torch.int32).view(-1)[0] ^= 1
+    for name in ("metrics.csv", "args.json"):
+        (tmp_path / name).write_bytes((reference / name).read_bytes())
+    torch.save(state, tmp_path / "checkpoint.pt")
+    (tmp_path / "args.json").write_text((reference / "args.json").read_text().replace('"seed": 0', '"seed": 1'))
+    found = faults.differences(tmp_path, reference)
+    assert "checkpoint.pt" in found and "args.json" in found and "grid.png" in found and "metrics.csv" not in found
+    assert not faults.differences(reference, reference)
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_refused_or_harmless(tmp_path):
+    (tmp_path / "args.json").write_text("{}")
+    common.save_checkpoint(tmp_path, {"weights": torch.zeros(60), "loss": 1.5})
+    path = tmp_path / "checkpoint.pt"
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        try:
+            state = common.load_checkpoint(tmp_path)
+            assert state["loss"] == 1.5 and torch.equal(state["weights"], torch.zeros(60)), place
+        except common.InputError:
+            refused += 1
+    assert refused > 0.3 * len(whole) / 3
+    with zipfile.ZipFile(io.BytesIO(whole)) as file:
+        data = max((file.read(name) for name in file.namelist() if "data/" in name), key=len)
+    place = whole.index(data)
+    path.write_bytes(whole[:place] + b"\1" + whole[place + 1 :])
+    assert torch.load(path, weights_only=True)["weights"].any()  # torch alone would take it
+    with pytest.raises(common.InputError, match="checkpoint.pt is damaged"):
+        common.load_checkpoint(tmp_path)
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    common.lock(tmp_path, "--output")
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def test_errors_that_are_not_the_disks_keep_their_traceback(monkeypatch):
+    @dataclasses.dataclass
+    class Args:
+        resume: str = ""
+
+    def main(args, folder_known):
+        raise OSError(errno.EBADF, "odd")
+
+    monkeypatch.setattr(sys, "argv", ["some.py"])
+    with pytest.raises(OSError, match="odd"):
+        common.run_script(main, Args)
+
+
+@pytest.mark.parametrize("script", list(faults.SCRIPTS))
+def test_disk_error_while_writing(script, tmp_path, monkeypatch):
+    """The first file of a run that is no args.json cannot be written."""
+    written = common.write_atomically
+
+    def full(path, content):
+        if path.name != "args.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(path, content)
+
+    monkeypatch.chdir(tmp_path)
+    Path("inside").mkdir()
+    for name in ("train", "held_out"):
+        Path(f"{name}.txt").write_text("a red circle left of a blue square\na green square above a red circle\n")
+    monkeypatch.chdir("inside")
+    monkeypatch.setattr(common, "write_atomically", full)
+    code, _, error = run_inside(faults.arguments(script), script)
+    error = error.split("\r")[-1]
+    assert_one_line(code, error, f"Continue with: python {script} --resume run")
+    assert "No space left on device: make room" in error
