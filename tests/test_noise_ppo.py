@@ -322,7 +322,7 @@ def test_run_on_top_of_a_tuned_model(lora_run, arguments, tmp_path, monkeypatch,
     if switch:
         (tmp_path / "tuned" / "pgraft.json").write_text(json.dumps({"switch_timestep": switch}))
     grids = []
-    monkeypatch.setattr(common, "save_grid", lambda path, standard, learnt, *rest: grids.append((standard, learnt)))
+    monkeypatch.setattr("rewards.save_grid", lambda path, standard, learnt, *rest: grids.append((standard, learnt)))
     flags = "--lora tuned --iterations 1 --no-controls --eval_steps 4 --lr 0.1 --output run".split()
     code, out, error = run_inside([*arguments, *flags], SCRIPT)
     assert code == 0, error
@@ -382,7 +382,7 @@ def test_evaluate(frozen):
     """Pictures and scores are those of mean + sigma eps for the prompt's own mean and sigma and fixed draws."""
     model, n = frozen["v"], 4
     mean, log_std = torch.randn(2, 3, 4, 8, 8, generator=seeded())
-    settings = SimpleNamespace(eval_samples=n, sample_batch=5, guidance=1.0)
+    settings = SimpleNamespace(eval_samples=n, sample_batch=5, guidance=1.0, switch_timestep=None)
     rewards = [Reward("jpeg_compressibility"), Reward("shapes_graded")]
     means, shown = noise_ppo.evaluate(model, rewards, PROMPTS, mean, log_std, 5, settings, "test")
     pictures = []
