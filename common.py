@@ -413,11 +413,12 @@ class Model:
 
     @contextlib.contextmanager
     def lora_merged(self):
-        """Inside, the LoRA is merged into the weights (as fast as the plain model); afterwards they are restored bit by bit."""
+        """Inside, the LoRA is merged into the weights (as fast as the plain model); afterwards they are restored bit by bit
+        from copies in main memory."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [m for m in self.denoiser.modules() if isinstance(m, BaseTunerLayer)]
-        saved = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+        saved = [layer.get_base_layer().weight.detach().to("cpu", copy=True) for layer in layers]
         try:
             for layer in layers:
                 layer.merge()
