@@ -231,7 +231,7 @@ class Model:
             self.pipeline, self.vae, self.denoiser = pipeline, pipeline.vae.to(device), getattr(pipeline, self.part).to(device)
             size = self.denoiser.config.sample_size
             self.latent_shape = (self.denoiser.config.in_channels, size, size)  # (channels, height, width)
-            self.remember([""])  # a missing tokenizer file shows only now
+            self.empty = self.encode([""])  # (1, rows, width), stays there; a missing tokenizer file shows only now
         except Exception as error:  # a broken folder makes the loaders raise many kinds
             raise InputError(f"--model {name}: cannot be loaded ({error})") from None
         self.set_scheduler()
@@ -302,8 +302,9 @@ class Model:
         more = {}
         if pooled is not None:
             side = self.latent_shape[1] * self.pipeline.vae_scale_factor  # of the picture: original size, corner, target size
-            ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=self.dtype, device=x.device)
-            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.expand(len(x), -1)}
+            ids = x.new_full((len(x), 6), side)  # made on the device: a transfer would make every step wait
+            ids[:, 2:4].zero_()
+            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
         return self.denoiser(x, t, encoder_hidden_states=states, **more).sample.float()
 
     @torch.no_grad()
