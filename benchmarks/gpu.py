@@ -156,18 +156,24 @@ for _name in ("sd15", "sd21", "sdxl"):
 # ---------------------------------------------------------------- models of the real sizes
 
 
-def make_denoiser(name: str, tiny: bool = False):
-    """The U-Net or transformer of a family, with random weights, on torch's default device and in its default dtype."""
+def make_networks(name: str, ids: dict, tiny: bool = False) -> tuple:
+    """(denoiser, VAE, text encoders) of a family, with random weights, on torch's default device and in its default dtype; ids: of
+    the tokenizer, for the text encoders."""
     import diffusers
+    import transformers
 
-    kind, config = FAMILIES[name]["denoiser"]
-    return getattr(diffusers, kind)(**config | (DENOISER_TINY[name] if tiny else {}))
+    (kind, config), family = FAMILIES[name]["denoiser"], FAMILIES[name]
+    denoiser = getattr(diffusers, kind)(**config | (DENOISER_TINY[name] if tiny else {}))
+    vae = diffusers.AutoencoderKL(**family["vae"] | (VAE_TINY if tiny else {}))
+    configs = [
+        (kind, transformers.CLIPTextConfig(**sizes | ids | (CLIP_TINY if tiny else {}))) for kind, sizes in family["text"]
+    ]
+    return denoiser, vae, [getattr(transformers, kind)(config) for kind, config in configs]
 
 
 def save_pipeline(name: str, folder: Path, device: str, tiny: bool) -> None:
     """Write a pipeline of the family in bfloat16, weights drawn on the device, tokenizers made on the fly."""
     import diffusers
-    import transformers
 
     family = FAMILIES[name]
     with tempfile.TemporaryDirectory() as files:
@@ -179,12 +185,7 @@ def save_pipeline(name: str, folder: Path, device: str, tiny: bool) -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            denoiser = make_denoiser(name, tiny)
-            vae = diffusers.AutoencoderKL(**family["vae"] | (VAE_TINY if tiny else {}))
-            encoders = [
-                getattr(transformers, kind)(transformers.CLIPTextConfig(**config | ids | (CLIP_TINY if tiny else {})))
-                for kind, config in family["text"]
-            ]
+            denoiser, vae, encoders = make_networks(name, ids, tiny)
     finally:
         torch.set_default_dtype(torch.float32)
     kind, config = family["scheduler"]
@@ -470,7 +471,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--steps", type=int, default=0, help="of the sampler (0: those of the family)")
-    parser.add_argument("--pictures", type=int, default=24, help="that the round samples, an even number")
+    parser.add_argument(
+        "--pictures", type=int, default=24, help="that the round samples, a multiple of 8, timed but for the first batch"
+    )
     parser.add_argument("--updates", type=int, default=4, help="timed, but for the first")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shrunk models")
@@ -478,8 +481,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device found; --tiny --device cpu shows that the script works")
-    if options.pictures < 4 or options.pictures % 2 or options.updates < 2:
-        parser.error("--pictures must be even and at least 4, --updates at least 2")
+    if options.pictures < 16 or options.pictures % 8 or options.updates < 2:
+        parser.error("--pictures must be a multiple of 8 and at least 16, --updates at least 2")
     rate = matrix_rate(options.device, 256 if options.tiny else 8192)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     result = {"device": device, "torch": torch.__version__, "tiny": options.tiny, "families": {}}
