@@ -207,7 +207,7 @@ class Model:
             self.pipeline, self.vae, self.denoiser = pipeline, pipeline.vae.to(device), getattr(pipeline, self.part).to(device)
             size = self.denoiser.config.sample_size
             self.latent_shape = (self.denoiser.config.in_channels, size, size)  # (channels, height, width)
-            self.remember([""])  # a missing tokenizer file shows only now
+            self.empty = self.encode([""])  # (1, rows, width), stays there; a missing tokenizer file shows only now
         except Exception as error:  # a broken folder makes the loaders raise many kinds
             raise InputError(f"--model {name}: cannot be loaded ({error})") from None
         self.set_scheduler()
@@ -278,8 +278,9 @@ class Model:
         more = {}
         if pooled is not None:
             side = self.latent_shape[1] * self.pipeline.vae_scale_factor  # of the picture: original size, corner, target size
-            ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=self.dtype, device=x.device)
-            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids.expand(len(x), -1)}
+            ids = x.new_full((len(x), 6), side)  # made on the device: a transfer would make every step wait
+            ids[:, 2:4].zero_()
+            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
         return self.denoiser(x, t, encoder_hidden_states=states, **more).sample.float()
 
     @torch.no_grad()
@@ -371,11 +372,12 @@ class Model:
 
     @contextlib.contextmanager
     def lora_merged(self):
-        """Inside, the LoRA is merged into the weights (as fast as the plain model); afterwards they are restored bit by bit."""
+        """Inside, the LoRA is merged into the weights (as fast as the plain model); afterwards they are restored bit by bit
+        from copies in main memory."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [m for m in self.denoiser.modules() if isinstance(m, BaseTunerLayer)]
-        saved = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+        saved = [layer.get_base_layer().weight.detach().to("cpu", copy=True) for layer in layers]
         try:
             for layer in layers:
                 layer.merge()

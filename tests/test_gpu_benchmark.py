@@ -1,0 +1,175 @@
+"""benchmarks/gpu.py: models of the published sizes, the whole script on shrunk ones, and its CUDA branches as far as a CPU goes."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, run_inside
+
+import common
+import graft
+
+spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
+gpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu)
+
+PUBLISHED = {  # parameters of the denoiser, the text encoders
+    "sd15": (859_520_964, [123_060_480]),
+    "sd21": (865_910_724, [340_387_840]),
+    "sdxl": (2_567_463_684, [123_060_480, 694_659_840]),
+    "sd3": (2_028_328_000, [123_650_304, 694_659_840]),
+}
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", gpu.FAMILIES)
+def test_published_sizes(name):
+    with torch.device("meta"):
+        denoiser, vae, encoders = gpu.make_networks(name, {"vocab_size": 49408, "max_position_embeddings": 77})
+    assert (size(denoiser), [size(e) for e in encoders]) == PUBLISHED[name]
+    assert size(vae) == (83_819_683 if name == "sd3" else 83_653_863)
+    latent = denoiser.config.in_channels, denoiser.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    assert latent == ((16 if name == "sd3" else 4), {"sd15": 512, "sd21": 768}.get(name, 1024))
+
+
+@pytest.mark.parametrize("name", gpu.FAMILIES)
+def test_flags_are_those_of_the_readme(name):
+    text = " ".join((ROOT / "README.md").read_text().replace("\\\n", " ").split())
+    command = re.search(rf"python graft\.py --model {re.escape(gpu.FAMILIES[name]['model'])} .*?(?= #| ```)", text)[0].split()
+    flags = gpu.FAMILIES[name]["flags"].split()
+    for i, word in enumerate(flags):
+        value = flags[i + 1 : i + 2]
+        assert word in command and (
+            word[:2] != "--" or not value or value[0][:2] == "--" or value[0] == command[command.index(word) + 1]
+        )
+    args = common.parse_arguments(graft.Args, command[2:])
+    assert args.gradient_checkpointing and args.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", gpu.FAMILIES)
+def test_whole_script_on_a_shrunk_model(name, tmp_path):
+    bars, out = graft.tqdm, tmp_path / "gpu.json"
+    argv = f"--tiny --device cpu --families {name} --steps 2 --pictures 16 --updates 2 --out {out}".split()
+    code, text, error = run_inside(argv, "benchmarks/gpu.py")
+    assert code == 0 and graft.tqdm is bars, error
+    result = json.loads(out.read_text())
+    assert result["tiny"] and result["device"] == "cpu" and result["matrix_rate_teraflops"] > 0
+    record = result["families"][name]
+    assert record["settings"]["dtype"] == "bfloat16" and record["settings"]["steps"] == 2
+    assert record["flops"]["train"] > 2 * record["flops"]["call"] > 0 and record["flops"]["decode"] > 0
+    phases = {phase["phase"]: phase for phase in record["phases"]}
+    assert list(phases) == [
+        "load, encode prompts",
+        "evaluate base",
+        "sample 1",
+        "update 1",
+        "evaluate 1",
+        "stock pipeline call",
+    ]
+    for phase, rate in (("sample 1", "pictures"), ("update 1", "updates"), ("stock pipeline call", "pictures")):
+        assert phases[phase]["per_second_of"] == rate and phases[phase]["per_second"] > 0
+        assert 0 < phases[phase]["share_of_matrix_rate"] < 1 and phases[phase]["reserved"] is None
+        assert f"  {phase} " in text
+    equal = [value for check, value in record["checks"].items() if check.startswith("our pictures")]
+    assert len(equal) == 2 and all(value.startswith("ok") for value in equal)
+    others = [value for check, value in record["checks"].items() if not check.startswith("our pictures")]
+    assert len(others) == 4 and set(others) == {"not measured: needs CUDA"}
+
+
+def test_families_measured_before_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "measure", lambda name, options, rate: {"of": name})
+    monkeypatch.setattr(gpu, "show", lambda name, record: None)
+    out = tmp_path / "gpu.json"
+    for name in ("sd15", "sdxl"):
+        monkeypatch.setattr(sys, "argv", f"gpu.py --tiny --device cpu --families {name} --out {out}".split())
+        gpu.main()
+    assert json.loads(out.read_text())["families"] == {"sd15": {"of": "sd15"}, "sdxl": {"of": "sdxl"}}
+    out.write_text(json.dumps(json.loads(out.read_text()) | {"device": "another"}))
+    gpu.main()
+    assert list(json.loads(out.read_text())["families"]) == ["sdxl"]
+
+
+def test_bad_options(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for argv, named in (([], "no CUDA device found"), ("--device cpu --pictures 10".split(), "--pictures")):
+        code, _, error = run_inside(argv, "benchmarks/gpu.py")
+        assert code == 2 and named in error
+
+
+class Card(str):
+    """The CPU that says it is a CUDA device."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        return other == "cuda"
+
+    def __ne__(self, other):
+        return other != "cuda"
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A device on which the script takes its CUDA branches; `mode` holds the setting of torch's detection of waits."""
+    found = SimpleNamespace(device=Card("cpu"), mode="default", fractions=[])
+    used = iter(range(10**9, 10**12, 10**9))
+    fakes = {name: lambda: None for name in ("empty_cache", "synchronize", "reset_peak_memory_stats")}
+    fakes |= {"max_memory_allocated": lambda: 2e9, "max_memory_reserved": lambda: next(used), "memory_reserved": lambda: 10**9}
+    fakes |= {
+        "mem_get_info": lambda: (84 * 10**9, 86 * 10**9),
+        "set_sync_debug_mode": lambda mode: setattr(found, "mode", mode),
+    }
+    fakes |= {"get_device_properties": lambda index: SimpleNamespace(total_memory=86 * 10**9)}
+    fakes |= {"set_per_process_memory_fraction": found.fractions.append}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return found
+
+
+def test_cuda_branches(card, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    options = SimpleNamespace(device=card.device, tiny=True, pictures=16, steps=2, updates=2)
+    record = gpu.measure("sd15", options, 1e12)
+    assert [phase["reserved"] for phase in record["phases"]] == [1, 2, 3, 4, 5, 6]
+    checks = record["checks"]
+    assert checks["no wait inside the sampler's loop"] == "ok" and card.mode == "default"
+    assert checks["20 updates in float16"].startswith("FAILED: --dtype float16 needs a CUDA device")  # so says graft.py itself
+    assert checks["8-bit optimiser"] == "not measured: bitsandbytes is not installed"
+    assert checks["memory target"].startswith("met: 8 GB, of which 1.00 are outside torch; ok: 2 updates, at most ")
+    assert card.fractions[-2:] == [pytest.approx(7 / 86), 1.0]
+
+    def too_much(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "run_graft", too_much)
+    args = graft.Args(steps=2, guidance=2.0, micro_batch=2)
+    monkeypatch.setattr(gpu, "check_pictures", too_much)
+    monkeypatch.setattr(gpu, "check_no_wait", too_much)
+    found = gpu.all_checks(gpu.FAMILIES["sd15"], "", [], [], args, card.device, Path())
+    assert found["memory target"].startswith("missed: 8 GB") and found["memory target"].endswith("FAILED: out of memory")
+
+
+@pytest.mark.parametrize("script_encodes", [False, True])
+def test_a_wait_inside_the_loop_is_found(card, models, tiny_epsilon, monkeypatch, script_encodes):
+    """With guidance, nothing may go from main memory to the device inside the loop; an encoded text would."""
+
+    def encode(model, prompts, original=common.Model.encode):
+        if card.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return original(model, prompts)
+
+    monkeypatch.setattr(common.Model, "encode", encode)
+    if script_encodes:
+        monkeypatch.setattr(graft, "guided_prediction", lambda model, x, t, text, _: model.predict(x, t, model.encode([""])))
+    args = SimpleNamespace(dtype="float32", t5=True, guidance=3.0, eta=1.0)
+    found = gpu.check_no_wait(tiny_epsilon, ["a red circle"], args, card.device)
+    assert found.startswith("FAILED: waits in graft.py, line ") if script_encodes else found == "ok"
+    assert card.mode == "default"
