@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -44,11 +45,17 @@ class InputError(Exception):
 
 @contextlib.contextmanager
 def exit_on_error(how_to_resume):
-    """InputError ends the program with one line and exit code 2; Ctrl-C with exit code 130 and `how_to_resume()`."""
+    """InputError, and what is out of memory, end the program with one line and exit code 2; Ctrl-C with exit code 130 and
+    `how_to_resume()`."""
     try:
         yield
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):  # CUDA, CPU
+            raise
+        print(f"error: out of memory ({' '.join(str(error).split())}): lower the batch sizes or numbers", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\ninterrupted. {how_to_resume()}", file=sys.stderr)
@@ -68,9 +75,11 @@ def parse_arguments(cls, argv: list[str] | None = None):
         except SystemExit as stop:
             if stop.code in (0, None):
                 raise
-            message = errors.getvalue().split("│ ──")[0]  # above the rule is the message, below it help
-            words = [w for w in message.split() if not set(w) <= set("─│╭╮╰╯")]
-            raise InputError(" ".join(words) + " (see --help)") from None
+            message, _, below = errors.getvalue().partition("│ ──")  # a title and the message; below the rule help
+            words = [w for w in message.split("\n", 1)[1].split() if not set(w) <= set("─│╭╮╰╯")]
+            near = re.findall(r"│     --(\S+)", below) if "Perhaps you meant" in below else []
+            hint = f"perhaps you meant {', '.join('--' + name.replace('-', '_') for name in near)}; " if near else ""
+            raise InputError(f"{' '.join(words)} ({hint}see --help)") from None
 
     args = cli(cls())
     if not args.resume:
@@ -111,7 +120,7 @@ def read_prompts(file: str, flag: str) -> list[str]:
             f"{flag} {file}: give a .txt file (one prompt a line), or .csv, .tsv or .jsonl with a column `prompt`"
         )
     if not path.is_file():
-        raise InputError(f"{flag} {file}: no such file")
+        raise InputError(f"{flag} {file}: no such file; give the path of one")
     lines = []
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True), 1):
         try:
@@ -147,7 +156,7 @@ def read_prompts(file: str, flag: str) -> list[str]:
     prompts = [" ".join(part.strip() for part in p.split("\n")).strip() for p in prompts]
     prompts = [p for p in prompts if p]
     if not prompts:
-        raise InputError(f"{flag} {file}: holds no prompt")
+        raise InputError(f"{flag} {file}: holds no prompt; write at least one into it, or give another file")
     return prompts
 
 
@@ -182,11 +191,11 @@ def check_model_name(name: str) -> str:
         except Exception as error:  # no network, no such model, no right to it: many kinds
             raise InputError(f"--model {name}: cannot be loaded ({error})") from None
     if not index.is_file():
-        raise InputError(f"--model {name}: is no diffusers pipeline (no model_index.json)")
+        raise InputError(f"--model {name}: is no diffusers pipeline; give the folder that holds a model_index.json")
     try:
         family = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError):
-        raise InputError(f"--model {name}: model_index.json is damaged") from None
+        raise InputError(f"--model {name}: model_index.json is damaged; get the model again") from None
     if str(family) not in FAMILIES:
         raise InputError(f"--model {name}: is a {family}; supported: {', '.join(FAMILIES)}")
     return family
@@ -531,8 +540,10 @@ def check_network(spec, size, flag):
     """InputError unless new_network can make this for size x size pictures."""
     kind, _, widths = spec.partition(":")
     widths = [int(width) if width.isdecimal() else 0 for width in widths.split(",")]
-    if kind not in ("unet", "token") or any(width < 4 or width % 4 for width in widths):
-        raise InputError(f"{flag} {spec}: give unet: or token: and numbers that 4 divides, as in unet:32,64,64 or token:64,64")
+    if kind not in ("unet", "token") or any(not 4 <= width <= 4096 or width % 4 for width in widths):
+        raise InputError(
+            f"{flag} {spec}: give unet: or token: and numbers from 4 to 4096 that 4 divides, as in unet:32,64,64 or token:64,64"
+        )
     if kind == "token" and len(set(widths)) > 1:
         raise InputError(f"{flag} {spec}: the layers of a token network have one width, as in token:64,64")
     if kind == "unet" and size % 2 ** (len(widths) - 1):
@@ -591,9 +602,14 @@ def derived_seed(*key: int | str) -> int:
 
 
 def check_output(output: str, resume: str) -> None:
-    """InputError if --output exists already (unless the run is resumed)."""
+    """InputError if --output exists already (unless the run is resumed) or cannot be made."""
+    if resume:
+        return
     path = Path(output)
-    if not output or resume or not path.exists() or path.is_dir() and not any(path.iterdir()):
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--output {output}: {there} is no folder that can be written to; give a new folder")
+    if not output or not path.exists() or path.is_dir() and not any(path.iterdir()):
         return
     if (path / "args.json").is_file():
         raise InputError(f"--output {output}: holds a run already; continue it with --resume {output}, or give a new folder")

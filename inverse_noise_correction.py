@@ -504,8 +504,9 @@ def prepare(args):
     """Check every argument before any model loads and fill in what was left out. Returns (shape of a picture, files of --data)."""
     args.device = common.check_device(args.device, "float32")
     common.check_output(args.output, args.resume)
-    limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"updates": (1, 10**9), "steps": (2, 1000), "pictures": (20, 10**9)}
-    limits |= {"eval_pictures": (20, 10**9), "seed": (0, 2**63 - 1), "data_noise": (0, 10), "reference_share": (0.05, 0.95)}
+    limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"updates": (1, 10**9), "steps": (2, 1000), "pictures": (20, 10**7)}
+    limits |= {"eval_pictures": (20, 10**6), "seed": (0, 2**63 - 1), "data_noise": (0, 10), "reference_share": (0.05, 0.95)}
+    limits |= {"batch": (1, 10**6), "size": (1, 1024)}
     limits |= {
         "grid_power": (0.1, 10),
         "memory": (0, 20),

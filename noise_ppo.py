@@ -386,8 +386,9 @@ def prepare(args):
     args.device = common.check_device(args.device, args.dtype)
     common.check_output(args.output, args.resume)
     eval_steps(args)
-    limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"samples": (2, 10**9), "steps": (1, 999)}
-    limits |= {"eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1), "lr": (1e-12, 1)}
+    limits = {name: (1, 10**6) for name in AT_LEAST_ONE} | {"samples": (2, 10**4), "steps": (1, 999)}
+    limits |= {"iterations": (1, 10**5), "epochs": (1, 10**4), "hidden": (1, 10**4)}
+    limits |= {"eval_samples": (2, 10**4), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1), "lr": (1e-12, 1)}
     for name, (least, most) in (limits | {"clip": (1e-9, 1e9), "kl_weight": (0, 1e9)}).items():
         if not least <= getattr(args, name) <= most:
             raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
@@ -403,7 +404,8 @@ def prepare(args):
     else:
         prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
     if not prompts or len(held_out) < 2:
-        raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
+        flag = f"--eval_prompts {args.eval_prompts}" if args.eval_prompts else f"--prompts {args.prompts}"
+        raise InputError(f"{flag}: too few to hold out two for evaluation; add more or give --eval_prompts")
     common.warn_of_overlap(prompts, held_out)
     rewards = read_rewards(args.reward, args.eval_rewards)
     for reward in rewards:

@@ -458,9 +458,10 @@ def prepare(args):
             setattr(args, name, for_shapes if embedded else of_family.get(name, for_others))
     args.device = common.check_device(args.device, args.dtype)
     common.check_output(args.output, args.resume)
-    limits = {name: (1, 10**9) for name in AT_LEAST_ONE} | {"top_k": (1, args.samples), "steps": (1, 999), "eta": (0, 1)}
-    limits |= {"probe_restarts": (2, 10**9), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
-    limits |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
+    limits = {name: (1, 10**6) for name in AT_LEAST_ONE} | {"top_k": (1, args.samples), "steps": (1, 999), "eta": (0, 1)}
+    limits |= {"probe_restarts": (2, 10**4), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
+    limits |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**4), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
+    limits |= {"rounds": (1, 10**4), "samples": (1, 10**4), "lora_rank": (1, 1024)}
     for name, (least, most) in (limits | {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6)}).items():
         if not least <= getattr(args, name) <= most:
             raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
@@ -473,6 +474,9 @@ def prepare(args):
         raise InputError("--rule threshold needs --threshold, the least reward to accept")
     if args.rule == "exponential" and not (args.beta or 0) > 0:
         raise InputError("--rule exponential needs --beta above 0, in units of the reward")
+    for name in ("threshold", "beta", "reward_max"):
+        if not math.isfinite(getattr(args, name) or 0):
+            raise InputError(f"--{name} {getattr(args, name)}: must be a finite number")
     if args.rule == "preference" and args.samples % 2:
         raise InputError(f"--samples {args.samples}: must be even for --rule preference")
 
@@ -496,7 +500,8 @@ def prepare(args):
     else:
         prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
     if not prompts or len(held_out) < 2:
-        raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
+        flag = f"--eval_prompts {args.eval_prompts}" if args.eval_prompts else f"--prompts {args.prompts}"
+        raise InputError(f"{flag}: too few to hold out two for evaluation; add more or give --eval_prompts")
     common.warn_of_overlap(prompts, held_out)
     rewards = read_rewards(args.reward, args.eval_rewards)
     for reward in rewards:

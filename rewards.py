@@ -359,12 +359,12 @@ def load_function(spec: str, flag: str):
     """The function of "path/to/file.py:name"; InputError if there is none."""
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
-        raise InputError(f"{flag} {spec}: no file {file}")
+        raise InputError(f"{flag} {spec}: no file {file}; give path/to/file.py:function")
     module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # the user's file may raise anything
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise InputError(f"{flag} {spec}: {file} does not load ({type(error).__name__}: {error})") from None
     if not callable(getattr(module, name, None)):
         raise InputError(f"{flag} {spec}: {file} has no function {name!r}")
