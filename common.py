@@ -75,11 +75,11 @@ def parse_arguments(cls, argv: list[str] | None = None):
         except SystemExit as stop:
             if stop.code in (0, None):
                 raise
-            message, _, below = errors.getvalue().partition("│ ──")  # a title and the message; below the rule help
-            words = [w for w in message.split("\n", 1)[1].split() if not set(w) <= set("─│╭╮╰╯")]
-            near = re.findall(r"│     --(\S+)", below) if "Perhaps you meant" in below else []
+            lines = [line.strip("│╭╮╰╯ ") for line in errors.getvalue().splitlines()[1:]]  # without the title
+            message, below, *_ = (part for part in re.split("[─-]{9,}", "\n".join(lines)) if part.strip())
+            near = re.findall(r"^--(\S+)", below, re.M) if "Perhaps you meant" in below else []
             hint = f"perhaps you meant {', '.join('--' + name.replace('-', '_') for name in near)}; " if near else ""
-            raise InputError(f"{' '.join(words)} ({hint}see --help)") from None
+            raise InputError(f"{message} ({hint}see --help)") from None
 
     args = cli(cls())
     if not args.resume:
