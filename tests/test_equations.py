@@ -215,7 +215,8 @@ def test_estimated_kl():
     rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]])
     # -log of the accepted share; the row that accepts nothing is left out
     expected = (math.log(5 / 2) + math.log(5)) / 2
-    assert estimated_kl(rewards, "threshold", threshold=0.5) == pytest.approx(expected)
+    for threshold in (0.5, 1.0):  # the threshold itself is accepted
+        assert estimated_kl(rewards, "threshold", threshold=threshold) == pytest.approx(expected)
     assert math.isnan(estimated_kl(rewards, "threshold", threshold=2.0))
     assert estimated_kl(rewards, "none") == 0
     assert estimated_kl(rewards, "topk", top_k=3) == implied_kl(5, 3)

@@ -146,6 +146,21 @@ def test_expanding_step_is_detected_and_spares_the_others():
     assert found.calls == alone.calls + 3 * 40
 
 
+def test_residual_in_closed_form():
+    """v = -0.6 x: the plain iteration's n-th change is (0.6 h)^n x, h the step; of several steps the worst one's last change counts."""
+
+    def invert(x, *sigmas):
+        return euler_invert(lambda x, sigma: -0.6 * x, x, torch.tensor(sigmas, dtype=torch.float64), 100, 1e-4, 0)
+
+    x = randn(8, 1, 3, 5) * torch.logspace(0, 1, 8, dtype=torch.float64).view(8, 1, 1, 1)
+    found = invert(x[:1], 1.0, 0.0)
+    assert found.residual.item() == pytest.approx(0.6 ** found.iterations[0] * x[0].square().mean().sqrt().item())
+    last = invert(x, 0.5, 0.0)
+    first = invert(last.noise, 1.0, 0.5)
+    assert torch.equal(invert(x, 1.0, 0.5, 0.0).residual, torch.maximum(last.residual, first.residual))
+    assert (last.residual > first.residual).any() and (last.residual < first.residual).any()
+
+
 def test_nan_has_not_converged():
     def velocity(x, sigma):
         return torch.where(x[:, :1] > 1, math.nan, 0.3 * x)
