@@ -94,7 +94,9 @@ def parse_arguments(cls, argv: list[str] | None = None):
             if not isinstance(value, (int, float, str, type(None)) if field.default is None else type(field.default)):
                 raise ValueError(f"{field.name} is {value!r}")
     except (ValueError, TypeError) as error:
-        raise InputError(f"--resume {args.resume}: args.json is damaged or of another script ({error})") from None
+        raise InputError(
+            f"--resume {args.resume}: args.json is damaged or of another script ({error}); start a new run"
+        ) from None
     args = cli(stored)
     for field in dataclasses.fields(cls):
         if getattr(args, field.name) != getattr(stored, field.name):
@@ -625,7 +627,7 @@ def make_run_folder(args, script: str, model: str, seed: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
     except OSError as error:
-        raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
+        raise InputError(f"--output {folder}: cannot be written ({error.strerror}); give another folder") from None
     return folder
 
 

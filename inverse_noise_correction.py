@@ -529,6 +529,10 @@ def prepare(args):
         common.check_network(getattr(args, name), shape[1], f"--{name}")
     if shape[0] not in (1, 3):
         raise InputError(f"--channels {shape[0]}: must be 1 (grey) or 3 (RGB)")
+    if args.normalise == "gaussian" and math.prod(shape) > 4096:
+        raise InputError(
+            f"--normalise gaussian: {math.prod(shape)} numbers in a picture are too many, 4096 at most; take scale"
+        )
     world = (1, flow_data.SIZE, flow_data.SIZE)
     if not args.data and shape != world:
         raise InputError(f"--data: the embedded pictures are {world}, the model's {shape}; give a folder of pictures")
@@ -614,8 +618,6 @@ def main(args, folder_known):
     law = {}
     if math.prod(shape) <= 4096:  # beyond, the covariance would be larger than any model here
         law = dict(zip(("mean", "root", "inverse"), (part.to(args.device) for part in gaussian_of(known))))
-    elif args.normalise == "gaussian":
-        raise InputError(f"--normalise gaussian: {math.prod(shape)} numbers in a picture are too many, 4096 at most")
     settings = {"model_hash": common.model_hash(flow.network), "steps": args.steps, "grid_power": args.grid_power}
     settings |= {"sigmas": sigmas.tolist(), "timesteps": flow.scheduler.timesteps.tolist(), "scale": scale}
     settings |= {"corrector_steps": args.corrector_steps, "normalise": args.normalise}
