@@ -9,6 +9,7 @@ Result: a table, and benchmarks/results/mutations.json, in which --only replaces
 import argparse
 import ast
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -338,9 +339,12 @@ NAMES = ("file", "function", "tests", "old", "new")
 MUTATIONS = [(*where, *change) for where, changes in TABLE.items() for change in changes]  # as NAMES says
 
 
+parse = functools.cache(ast.parse)
+
+
 def mutated(source: str, function: str, old: str, new: str) -> str:
     """The source with `old` replaced in one function ("name" or "Class.name"); ValueError unless it stands there exactly once."""
-    node = ast.parse(source)
+    node = parse(source)
     for name in function.split("."):
         found = [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name]
         if not found:

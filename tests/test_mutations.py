@@ -15,8 +15,7 @@ def test_every_mutation_applies():
     sources = {file: (ROOT / file).read_text() for file in {mutation[0] for mutation in MUTATIONS}}
     assert len(MUTATIONS) == len(set(MUTATIONS)) >= 40
     for file, function, tests, old, new in MUTATIONS:
-        changed = mutated(sources[file], function, old, new)
-        assert changed != sources[file] and changed.replace(new, old) == sources[file].replace(new, old)
+        assert mutated(sources[file], function, old, new) != sources[file]
         assert (ROOT / tests.split(" -k ")[0]).is_file()
 
 
