@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -53,6 +54,10 @@ def run_script(main, cls) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, Exception) as error:
+        found = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", found):  # CUDA, CPU
+            print(f"error: out of memory ({found}): lower the batch sizes or numbers", file=sys.stderr)
+            sys.exit(2)
         command = f"Continue with: python {Path(sys.argv[0]).name} --resume"
         then = f"{command} {folders[0]}" if folders else "Nothing was written."
         if isinstance(error, KeyboardInterrupt):
@@ -60,7 +65,6 @@ def run_script(main, cls) -> None:
             sys.exit(130)
         if not any(os.strerror(code) in str(error) for code in DISK_ERRORS):  # libraries wrap it in errors of their own
             raise
-        found = " ".join(str(error).split())
         print(f"error: {found}: make room or allow access; nothing saved is lost. {then}", file=sys.stderr)
         sys.exit(2)
 
@@ -78,9 +82,11 @@ def parse_arguments(cls, argv: list[str] | None = None):
         except SystemExit as stop:
             if stop.code in (0, None):
                 raise
-            message = errors.getvalue().split("│ ──")[0]  # above the rule is the message, below it help
-            words = [w for w in message.split() if not set(w) <= set("─│╭╮╰╯")]
-            raise InputError(" ".join(words) + " (see --help)") from None
+            lines = [line.strip("│╭╮╰╯ ") for line in errors.getvalue().splitlines()[1:]]  # without the title
+            message, below, *_ = (part for part in re.split("[─-]{9,}", "\n".join(lines)) if part.strip())
+            near = re.findall(r"^--(\S+)", below, re.M) if "Perhaps you meant" in below else []
+            hint = f"perhaps you meant {', '.join('--' + name.replace('-', '_') for name in near)}; " if near else ""
+            raise InputError(f"{message} ({hint}see --help)") from None
 
     args = cli(cls())
     if not args.resume:
@@ -95,7 +101,9 @@ def parse_arguments(cls, argv: list[str] | None = None):
             if not isinstance(value, (int, float, str, type(None)) if field.default is None else type(field.default)):
                 raise ValueError(f"{field.name} is {value!r}")
     except (ValueError, TypeError) as error:
-        raise InputError(f"--resume {args.resume}: args.json is damaged or of another script ({error})") from None
+        raise InputError(
+            f"--resume {args.resume}: args.json is damaged or of another script ({error}); start a new run"
+        ) from None
     args = cli(stored)
     for field in dataclasses.fields(cls):
         if getattr(args, field.name) != getattr(stored, field.name):
@@ -158,11 +166,11 @@ def check_model_name(name: str) -> str:
         except Exception as error:  # no network, no such model, no right to it: many kinds
             raise InputError(f"--model {name}: cannot be loaded ({error})") from None
     if not index.is_file():
-        raise InputError(f"--model {name}: is no diffusers pipeline (no model_index.json)")
+        raise InputError(f"--model {name}: is no diffusers pipeline; give the folder that holds a model_index.json")
     try:
         family = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError):
-        raise InputError(f"--model {name}: model_index.json is damaged") from None
+        raise InputError(f"--model {name}: model_index.json is damaged; get the model again") from None
     if str(family) not in FAMILIES:
         raise InputError(f"--model {name}: is a {family}; supported: {', '.join(FAMILIES)}")
     return family
@@ -430,10 +438,15 @@ def derived_seed(*key: int | str) -> int:
 
 
 def check_output(output: str, resume: str) -> None:
-    """InputError if --output exists already (unless the run is resumed)."""
+    """InputError if --output exists already (unless the run is resumed) or cannot be made."""
+    if resume:
+        return
     path = Path(output)
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--output {output}: {there} is no folder that can be written to; give a new folder")
     # args.json.part: of a run that was killed before it had begun
-    if not output or resume or not path.exists() or path.is_dir() and {p.name for p in path.iterdir()} <= {"args.json.part"}:
+    if not output or not path.exists() or {p.name for p in path.iterdir()} <= {"args.json.part"}:
         return
     if (path / "args.json").is_file():
         raise InputError(f"--output {output}: holds a run already; continue it with --resume {output}, or give a new folder")
@@ -452,7 +465,7 @@ def make_run_folder(args, script: str, model: str, seed: int) -> Path:
             check_output(str(folder), "")  # again: another process may have been faster
             write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
     except OSError as error:
-        raise InputError(f"--output {folder}: cannot be written ({error.strerror})") from None
+        raise InputError(f"--output {folder}: cannot be written ({error.strerror}); give another folder") from None
     return folder
 
 

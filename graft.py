@@ -39,9 +39,9 @@ DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL,
     "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", *["jpeg_compressibility"] * 3),
 }
 AT_LEAST_ONE = "rounds prompts_per_round samples guidance sample_batch updates batch micro_batch lora_rank".split()
-LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | {"top_k": (1, "samples"), "steps": (1, 999), "eta": (0, 1)}
-LIMITS |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**9), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
-LIMITS |= {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6)}
+LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**6)) | {"top_k": (1, "samples"), "steps": (1, 999), "eta": (0, 1)}
+LIMITS |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**4), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
+LIMITS |= {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6), "rounds": (1, 10**4), "samples": (1, 10**4), "lora_rank": (1, 1024)}
 CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none")}
 
 

@@ -39,9 +39,9 @@ from shapes.flow import Flow, count_flops, fit
 
 AT_LEAST_ONE = "updates max_iterations sample_batch corrector_steps batch checkpoint_every size channels base_updates".split()
 LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | dict.fromkeys(("lr", "base_lr", "longer_lr"), (1e-12, 1))
-LIMITS |= {"steps": (2, 1000), "pictures": (20, 10**9), "eval_pictures": (20, 10**9), "seed": (0, 2**63 - 1)}
+LIMITS |= {"steps": (2, 1000), "pictures": (20, 10**7), "eval_pictures": (20, 10**6), "seed": (0, 2**63 - 1)}
 LIMITS |= {"data_noise": (0, 10), "reference_share": (0.05, 0.95), "grid_power": (0.1, 10), "memory": (0, 20)}
-LIMITS |= {"tolerance": (1e-7, 1), "max_failed": (0, 1), "held_out": (0.01, 0.9)}
+LIMITS |= {"batch": (1, 10**6), "size": (1, 1024), "tolerance": (1e-7, 1), "max_failed": (0, 1), "held_out": (0.01, 0.9)}
 LISTS = {"eval_steps": (int, 1, 10**4), "eval_powers": (float, 0.1, 10), "eval_corrector_steps": (int, 1, 10**4)}
 CHOICES = {"features": ("shapes", "pixels", "inception"), "normalise": ("", "scale", "gaussian")}
 MAIN_ARMS, SHOWN = ("base", "scale only", "gaussian", "corrector"), 8  # rows of grid.png, pictures in each
@@ -382,7 +382,7 @@ def prepare(args):
         raise InputError(f"--channels {shape[0]}: must be 1 (grey) or 3 (RGB)")
     d = math.prod(shape)
     if args.normalise == "gaussian" and d > MOST_COVARIANCE:
-        raise InputError(f"--normalise gaussian: {d} numbers in a picture are too many, {MOST_COVARIANCE} at most")
+        raise InputError(f"--normalise gaussian: {d} numbers in a picture are too many, {MOST_COVARIANCE} at most; take scale")
     files = flow_data.find_pictures(args.data, shape, args.reference_share)
     world = flow_data.WORLD
     if args.features == "shapes" and shape != world:

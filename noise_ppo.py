@@ -48,7 +48,8 @@ DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL,
     "sample_batch": (64, 8, 4, 4),
 }
 AT_LEAST_ONE = "iterations prompts_per_iteration samples guidance sample_batch epochs minibatch hidden grid".split()
-LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | {"samples": (2, 10**9), "steps": (1, 999), "eval_samples": (2, 10**9)}
+LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**6)) | {"samples": (2, 10**4), "steps": (1, 999), "eval_samples": (2, 10**4)}
+LIMITS |= {"iterations": (1, 10**5), "epochs": (1, 10**4), "hidden": (1, 10**4)}
 LIMITS |= {"eval_every": (0, 10**9), "seed": (0, 2**63 - 1), "lr": (1e-12, 1), "clip": (1e-9, 1e9), "kl_weight": (0, 1e9)}
 CHOICES = {
     "policy": ("conditional", "unconditional"),

@@ -366,12 +366,12 @@ def load_function(spec: str, flag: str):
     """The function of "path/to/file.py:name"; InputError if there is none."""
     file, _, name = spec.rpartition(":")
     if not Path(file).is_file():
-        raise InputError(f"{flag} {spec}: no file {file}")
+        raise InputError(f"{flag} {spec}: no file {file}; give path/to/file.py:function")
     module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # the user's file may raise anything
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise InputError(f"{flag} {spec}: {file} does not load ({type(error).__name__}: {error})") from None
     if not callable(getattr(module, name, None)):
         raise InputError(f"{flag} {spec}: {file} has no function {name!r}")
@@ -456,6 +456,9 @@ def check_rule(args) -> None:
         raise InputError("--rule threshold needs --threshold, the least reward to accept")
     if args.rule == "exponential" and not (args.beta or 0) > 0:
         raise InputError("--rule exponential needs --beta above 0, in units of the reward")
+    for name in ("threshold", "beta", "reward_max"):
+        if not math.isfinite(getattr(args, name) or 0):
+            raise InputError(f"--{name} {getattr(args, name)}: must be a finite number")
     if args.rule == "preference" and args.samples % 2:
         raise InputError(f"--samples {args.samples}: must be even for --rule preference")
 
@@ -468,7 +471,8 @@ def read_task(args) -> tuple[list[str], list[str], list[Reward]]:
     else:
         prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
     if not prompts or len(held_out) < 2:
-        raise InputError(f"--prompts {args.prompts}: too few to hold out two for evaluation; add more or give --eval_prompts")
+        flag = f"--eval_prompts {args.eval_prompts}" if args.eval_prompts else f"--prompts {args.prompts}"
+        raise InputError(f"{flag}: too few to hold out two for evaluation; add more or give --eval_prompts")
     warn_of_overlap(prompts, held_out)
     rewards = read_rewards(args.reward, args.eval_rewards)
     for reward in rewards:
@@ -494,7 +498,7 @@ def read_prompts(file: str, flag: str) -> list[str]:
             f"{flag} {file}: give a .txt file (one prompt a line), or .csv, .tsv or .jsonl with a column `prompt`"
         )
     if not path.is_file():
-        raise InputError(f"{flag} {file}: no such file")
+        raise InputError(f"{flag} {file}: no such file; give the path of one")
     lines = []
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True), 1):
         try:
@@ -530,7 +534,7 @@ def read_prompts(file: str, flag: str) -> list[str]:
     prompts = [" ".join(part.strip() for part in p.split("\n")).strip() for p in prompts]
     prompts = [p for p in prompts if p]
     if not prompts:
-        raise InputError(f"{flag} {file}: holds no prompt")
+        raise InputError(f"{flag} {file}: holds no prompt; write at least one into it, or give another file")
     return prompts
 
 

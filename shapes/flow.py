@@ -217,8 +217,10 @@ def check_network(spec, size, flag):
     """InputError unless new_network can make this for size x size pictures."""
     kind, _, widths = spec.partition(":")
     widths = [int(width) if width.isdecimal() else 0 for width in widths.split(",")]
-    if kind not in ("unet", "token") or any(width < 4 or width % 4 for width in widths):
-        raise InputError(f"{flag} {spec}: give unet: or token: and numbers that 4 divides, as in unet:32,64,64 or token:64,64")
+    if kind not in ("unet", "token") or any(not 4 <= width <= 4096 or width % 4 for width in widths):
+        raise InputError(
+            f"{flag} {spec}: give unet: or token: and numbers from 4 to 4096 that 4 divides, as in unet:32,64,64 or token:64,64"
+        )
     if kind == "token" and len(set(widths)) > 1:
         raise InputError(f"{flag} {spec}: the layers of a token network have one width, as in token:64,64")
     if kind == "unet" and size % 2 ** (len(widths) - 1):

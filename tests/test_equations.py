@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import assert_mean, seeded
 
+from common import derived_seed
 from graft import (
     accept,
     estimated_kl,
@@ -212,7 +213,8 @@ def test_estimated_kl():
     rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]])
     # -log of the accepted share; the row that accepts nothing is left out
     expected = (math.log(5 / 2) + math.log(5)) / 2
-    assert estimated_kl(rewards, "threshold", threshold=0.5) == pytest.approx(expected)
+    for threshold in (0.5, 1.0):  # the threshold itself is accepted
+        assert estimated_kl(rewards, "threshold", threshold=threshold) == pytest.approx(expected)
     assert math.isnan(estimated_kl(rewards, "threshold", threshold=2.0))
     assert estimated_kl(rewards, "none") == 0
     assert estimated_kl(rewards, "topk", top_k=3) == implied_kl(5, 3)
@@ -332,3 +334,13 @@ def test_schedule_uses_every_prompt_before_any_again():
     uneven = schedule(7)  # too few are left for a second round of the same order
     assert all(len(part) == len(set(part)) == 5 for part in uneven)  # none twice: its pictures would be the same
     assert [sorted(part) for part in schedule(3, rounds=2)] == [[0, 1, 2]] * 2  # fewer prompts than a round takes
+
+
+def test_derived_seeds_differ_by_the_whole_key():
+    keys = [("eval", i, j) for i in range(30) for j in range(30)] + [
+        (0, r, i, j) for r in (0, 1) for i in range(20) for j in range(20)
+    ]
+    keys += [(seed, name, r) for seed in (0, 1) for name in ("prompts", "accept", "update") for r in range(20)]
+    seeds = [derived_seed(*key) for key in keys]
+    assert len(set(seeds)) == len(keys) and 0 <= min(seeds) and max(seeds) < 2**63  # what torch takes
+    assert derived_seed("eval", 0, 0) == 3252022647969609231  # the stored results were made with these

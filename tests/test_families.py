@@ -15,7 +15,6 @@ from conftest import (
     PROMPTS,
     SEEDS,
     assert_mean,
-    assert_one_line,
     assert_same_pictures,
     assert_same_run,
     difference,
@@ -634,11 +633,3 @@ def test_killed_and_resumed(families, prompt_files, tmp_path):
         argv = ["--resume", "run"]
     assert exit_code(argv, tmp_path / "killed", script="pgraft.py") == 0, (tmp_path / "killed" / "output.txt").read_text()
     assert_same_run(tmp_path / "killed" / "run", tmp_path / "whole" / "run")
-
-
-def test_scripts_refuse_another_pipeline(tmp_path):
-    (tmp_path / "flux").mkdir()
-    (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    for script in ("graft.py", "pgraft.py", "noise_ppo.py"):
-        code, _, error = run_inside(["--model", str(tmp_path / "flux")], script)
-        assert_one_line(code, error, "FluxPipeline; supported: StableDiffusionPipeline, StableDiffusionXLPipeline")

@@ -147,6 +147,21 @@ def test_expanding_step_is_detected_and_spares_the_others():
     assert found.calls == alone.calls + 3 * 40
 
 
+def test_residual_in_closed_form():
+    """v = -0.6 x: the plain iteration's n-th change is (0.6 h)^n x, h the step; of several steps the worst one's last change counts."""
+
+    def invert(x, *sigmas):
+        return euler_invert(lambda x, sigma: -0.6 * x, x, torch.tensor(sigmas, dtype=torch.float64), 100, 1e-4, 0)
+
+    x = randn(8, 1, 3, 5) * torch.logspace(0, 1, 8, dtype=torch.float64).view(8, 1, 1, 1)
+    found = invert(x[:1], 1.0, 0.0)
+    assert found.residual.item() == pytest.approx(0.6 ** found.iterations[0] * x[0].square().mean().sqrt().item())
+    last = invert(x, 0.5, 0.0)
+    first = invert(last.noise, 1.0, 0.5)
+    assert torch.equal(invert(x, 1.0, 0.5, 0.0).residual, torch.maximum(last.residual, first.residual))
+    assert (last.residual > first.residual).any() and (last.residual < first.residual).any()
+
+
 def test_nan_has_not_converged():
     def velocity(x, sigma):
         return torch.where(x[:, :1] > 1, math.nan, 0.3 * x)
@@ -887,101 +902,6 @@ def test_damaged_picture_is_named(arguments, data, tmp_path, monkeypatch):
     (tmp_path / "pictures" / "000.png").write_bytes(b"no picture")
     code, _, error = run_inside([*arguments, "--data", "pictures"], SCRIPT)
     assert_one_line(code, error.split("\r")[-1].lstrip(), "000.png")
-
-
-# ---------------------------------------------------------------- bad input
-
-FILES = {
-    "full/something.txt": "",
-    "a_run/args.json": "{}",
-    "run_other/args.json": '{"rounds": 3}',
-    "empty/unet/config.json": "{",
-    "other/unet/config.json": '{"_class_name": "UNet2DConditionModel"}',
-    "ddpm/unet/config.json": '{"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1}',
-    "ddpm/scheduler/scheduler_config.json": '{"_class_name": "DDPMScheduler"}',
-    "dynamic/unet/config.json": '{"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "out_channels": 1}',
-    "dynamic/scheduler/scheduler_config.json": '{"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": true}',
-    "classes/unet/config.json": '{"_class_name": "UNet2DModel", "sample_size": 8, "in_channels": 1, "num_class_embeds": 10}',
-    "classes/scheduler/scheduler_config.json": '{"_class_name": "FlowMatchEulerDiscreteScheduler"}',
-    "four/unet/config.json": '{"_class_name": "UNet2DModel", "sample_size": 4, "in_channels": 1, "out_channels": 1}',
-    "four/scheduler/scheduler_config.json": '{"_class_name": "FlowMatchEulerDiscreteScheduler"}',
-    "few/picture.png": "",
-}
-CASES = {  # arguments -> what the message must contain; @ is the folder of FILES
-    "--model @/missing": "--model",
-    "--model @/full": "unet/",
-    "--model @/empty": "config.json",
-    "--model @/other": "UNet2DConditionModel",
-    "--model @/ddpm": "DDPMScheduler",
-    "--model @/dynamic": "use_dynamic_shifting",
-    "--model @/classes": "class",
-    "--model @/four --data=": "--data: the embedded pictures",
-    "--data @/missing": "--data",
-    "--data @/few": "too few",
-    "--output @/full": "--output",
-    "--output @/a_run": "--resume",
-    "--device tpu": "--device",
-    "--features beauty": "--features",
-    "--model @/four --features shapes": "--features shapes",
-    "--features inception": "torch-fidelity",
-    "--normalise no": "--normalise",
-    "--steps 1": "--steps",
-    "--steps 1001": "--steps",
-    "--grid_power 0": "--grid_power",
-    "--grid_power nan": "--grid_power",
-    "--pictures 5": "--pictures",
-    "--memory -1": "--memory",
-    "--tolerance 0": "--tolerance",
-    "--tolerance nan": "--tolerance",
-    "--max_iterations 0": "--max_iterations",
-    "--max_failed 1.5": "--max_failed",
-    "--data_noise -1": "--data_noise",
-    "--reference_share 1": "--reference_share",
-    "--held_out 0": "--held_out",
-    "--lr 0": "--lr",
-    "--longer_lr nan": "--longer_lr",
-    "--batch 0": "--batch",
-    "--updates 0": "--updates",
-    "--checkpoint_every 0": "--checkpoint_every",
-    "--sample_batch 0": "--sample_batch",
-    "--eval_pictures 3": "--eval_pictures",
-    "--eval_steps 3,x": "--eval_steps 3,x",
-    "--eval_powers 0": "--eval_powers",
-    "--eval_corrector_steps 0": "--eval_corrector_steps",
-    "--corrector_steps 0": "--corrector_steps",
-    "--corrector_network 8,8": "--corrector_network",
-    "--corrector_network unet:5": "--corrector_network",
-    "--corrector_network unet:": "--corrector_network",
-    "--corrector_network unet:4,4,4,4,4": "5 levels",
-    "--corrector_network token:8,4": "one width",
-    "--train_base --base_network unet:3": "--base_network",
-    "--train_base --channels 2": "--channels",
-    "--seed -1": "--seed",
-    "--updatez 3": "--updatez",
-}
-RESUMED = {
-    "--resume @/missing": "missing",
-    "--resume @/run_other": "args.json",
-    "--resume @/a_run --steps 7": "--steps 7",
-}
-
-
-@pytest.mark.parametrize("given", [*CASES, *RESUMED])
-def test_bad_input_is_found_before_the_model_loads(given, arguments, tmp_path, monkeypatch):
-    files, cwd = tmp_path / "files", tmp_path / "cwd"
-    for name, content in FILES.items():
-        (files / name).parent.mkdir(parents=True, exist_ok=True)
-        (files / name).write_text(content)
-    cwd.mkdir()
-    import diffusers
-
-    for kind in ("UNet2DModel", "FlowMatchEulerDiscreteScheduler"):
-        monkeypatch.setattr(getattr(diffusers, kind), "from_pretrained", lambda *_, **__: pytest.fail("the model is loaded"))
-    monkeypatch.chdir(cwd)
-    argv = given.replace("@", str(files)).split()
-    code, _, error = run_inside([*arguments, *argv] if given in CASES else argv, SCRIPT)
-    assert_one_line(code, error, (CASES | RESUMED)[given])
-    assert not list(cwd.iterdir())
 
 
 def test_features_inception_are_asked_for_as_the_package_wants(monkeypatch):

@@ -33,7 +33,6 @@ from conftest import (
 )
 from PIL import Image
 
-import common
 import noise_ppo
 from common import Model, derived_seed
 from noise_ppo import NoisePolicy, advantages, kl_to_standard_normal, log_prob, ppo_loss
@@ -615,94 +614,6 @@ def test_it_learns_a_black_box_reward(arguments, tmp_path, monkeypatch):
     rows_of([*arguments, *flags.split(), "--no-controls", "--eval_every", "0"], tmp_path, monkeypatch)
     for row in json.loads(next(tmp_path.rglob("results.json")).read_text())["by_steps"]:
         assert row["gain"] > 0.02 and row["gain"] > 4 * row["se"], row
-
-
-# ---------------------------------------------------------------- bad input
-
-FILES = {
-    "empty.txt": "",
-    "one.txt": "a red circle left of a blue square\n",
-    "other.txt": "a photo of a cat\na photo of a dog\n",
-    "full/something.txt": "",
-    "a_run/args.json": "{}",
-    "run_other/args.json": '{"rounds": 3}',
-    "flux/model_index.json": '{"_class_name": "FluxPipeline"}',
-}
-CASES = {  # arguments -> what the message must contain; @ is the folder of FILES
-    "--lora @": "--lora",
-    "--switch_timestep 200": "--lora",
-    "--prompts @/missing.txt": "missing.txt",
-    "--prompts @/empty.txt": "empty.txt",
-    "--prompts @/one.txt --eval_prompts=": "one.txt",
-    "--prompts @/other.txt --reward shapes_strict": "--prompts",
-    "--eval_prompts @/other.txt": "--eval_prompts",
-    "--reward beauty": "--reward",
-    "--eval_rewards beauty": "--eval_rewards",
-    "--model @/flux": "FluxPipeline",
-    "--model @/missing": "--model",
-    "--output @/full": "--output",
-    "--output @/a_run": "--resume",
-    "--device tpu": "--device",
-    "--dtype float16": "--dtype",
-    "--policy random": "--policy",
-    "--normalise max": "--normalise",
-    "--reduction median": "--reduction",
-    "--mean_only --std_only": "--mean_only --std_only",
-    "--clip 0": "--clip",
-    "--clip -0.1": "--clip",
-    "--clip nan": "--clip",
-    "--kl_weight -1": "--kl_weight",
-    "--kl_weight nan": "--kl_weight",
-    "--lr 0": "--lr",
-    "--lr nan": "--lr",
-    "--steps 0": "--steps",
-    "--steps 1000": "--steps",
-    "--eval_steps 4,x": "--eval_steps 4,x",
-    "--eval_steps 0": "--eval_steps",
-    "--eval_steps 4,1000": "--eval_steps",
-    "--iterations 0": "--iterations",
-    "--samples 1": "--samples",
-    "--prompts_per_iteration 0": "--prompts_per_iteration",
-    "--epochs 0": "--epochs",
-    "--minibatch 0": "--minibatch",
-    "--hidden 0": "--hidden",
-    "--grid 0": "--grid",
-    "--guidance 0.5": "--guidance",
-    "--sample_batch 0": "--sample_batch",
-    "--eval_samples 1": "--eval_samples",
-    "--eval_every -1": "--eval_every",
-    "--seed -1": "--seed",
-    "--iterationz 3": "--iterationz",
-    "--iterations many": "--iterations",
-}
-RESUMED = {
-    "--resume @/missing": "missing",
-    "--resume @/run_other": "args.json",
-    "--resume @/a_run --iterations 7": "--iterations 7",
-}
-
-
-@pytest.mark.parametrize("given", [*CASES, *RESUMED])
-def test_bad_input_is_found_before_the_model_loads(given, arguments, tmp_path, monkeypatch):
-    files, cwd = tmp_path / "files", tmp_path / "cwd"
-    for name, content in FILES.items():
-        (files / name).parent.mkdir(parents=True, exist_ok=True)
-        (files / name).write_text(content)
-    cwd.mkdir()
-    monkeypatch.setattr(common, "Model", lambda *_: pytest.fail("the model is loaded"))
-    monkeypatch.chdir(cwd)
-    argv = given.replace("@", str(files)).split()
-    code, _, error = run_inside([*arguments, *argv] if given in CASES else argv, SCRIPT)
-    assert_one_line(code, error, (CASES | RESUMED)[given])
-    assert not list(cwd.iterdir())
-
-
-@pytest.mark.parametrize("given, named", [("--steps 3", "--steps 3"), ("--eval_steps 4,30", "--eval_steps 30")])
-def test_steps_that_do_not_divide_the_training_steps(given, named, arguments, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, _, error = run_inside([*arguments, *given.split()], SCRIPT)
-    assert_one_line(code, error, named)
-    assert not list(tmp_path.iterdir())
 
 
 def test_update_that_diverges(arguments, tmp_path, monkeypatch):

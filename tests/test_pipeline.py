@@ -149,6 +149,18 @@ def test_lora_targets(models):
         with_lora(models["v"], "to_q,to_z")
 
 
+def test_lora_is_scaled_by_alpha_over_rank(models):
+    model = with_lora(models["v"], "attention", rank=8, alpha=4)
+    randomise(model)
+    lora, layers = model.lora(), dict(model.denoiser.named_modules())
+    for name in (n.removesuffix(".lora_A.default.weight") for n in lora if n.endswith(".lora_A.default.weight")):
+        change = lora[f"{name}.lora_B.default.weight"] @ lora[f"{name}.lora_A.default.weight"]
+        before = layers[name].get_base_layer().weight.clone()
+        with model.lora_merged():
+            found = layers[name].get_base_layer().weight - before
+        assert torch.allclose(found, 4 / 8 * change, atol=1e-6) and change.abs().max() > 0.01
+
+
 def test_lora_seed(models):
     a, b = with_lora(models["v"], "attention").lora(), with_lora(models["v"], "attention").lora()
     model = copy.deepcopy(models["v"])
