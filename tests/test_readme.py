@@ -30,7 +30,7 @@ TINY = {
     "graft.py": f"{LORA} --steps 2 --eval_samples 2",
     "pgraft.py": f"{LORA} --steps 2 --eval_samples 2 --probe_prompts 4 --probe_restarts 2 --reward jpeg_compressibility",
     "noise_ppo.py": "--iterations 1 --prompts_per_iteration 2 --samples 2 --epochs 1 --eval_samples 2 --eval_steps 4",
-    "inverse_noise_correction.py": "--pictures 24 --eval_pictures 12 --updates 1 --batch 4 --max_failed 1 --longer_lr 1e-9",
+    "inverse_noise_correction.py": "--pictures 24 --eval_pictures 20 --updates 1 --batch 4 --max_failed 1 --no-longer --eval_powers= --eval_corrector_steps=",
 }
 OWN_DATA = "--size 8 --base_updates 1 --features pixels --steps 3"  # appended too, for a folder of pictures
 HUB = {
@@ -151,7 +151,7 @@ class Runner:
             elif script != "inverse_noise_correction.py":
                 argv += ["--eval_prompts", "my_eval_prompts.txt"]
             if "--output" not in argv:
-                argv += ["--output", f"runs/{len(self.done)}"]
+                argv += ["--output", f"runs/{len(list(self.folder.glob('runs/*')))}"]
             code, _, error = run_inside(argv, script)
             assert code == 0, f"{' '.join(words)}\n{error}"
             self.done[key] = self.folder / argv[argv.index("--output") + 1]
@@ -171,13 +171,13 @@ def run_command(tmp_path_factory, families, tiny_epsilon, tiny_v, clip_folder):
 
     folder = tmp_path_factory.mktemp("commands")
     (folder / "my_prompts.txt").write_text("\n".join([*PROMPTS, "a red square right of a red circle"]) + "\n")
-    (folder / "my_eval_prompts.txt").write_text("a blue circle above a green square\n")
+    (folder / "my_eval_prompts.txt").write_text("a blue circle above a green square\na red circle above a red square\n")
     rows = "".join(f"{prompt}\tAnimals\tBasic\t\n" for prompt in PROMPTS)
     (folder / "PartiPrompts.tsv").write_text(f"Prompt\tCategory\tChallenge\tNote\n{rows}")
     code = next(block for block in PYTHON if block.startswith("# my_reward.py"))
     (folder / "my_reward.py").write_text(f"{code}\nscore = blueness\n")
     (folder / "my_pictures").mkdir()
-    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (40, 12, 12, 3), np.uint8)):
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (90, 12, 12, 3), np.uint8)):
         Image.fromarray(pixels).save(folder / "my_pictures" / f"{i}.png")
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "block_out_channels": (4, 8)}
@@ -246,7 +246,7 @@ def test_switch_of_the_readme(run_command, monkeypatch):
     pipe = stock_pipeline(ROOT / "shapes" / "pipeline")
     pipe.load_lora_weights(str(folder))
     calls, step = [], pipe.unet.forward
-    layers = [layer for layer in pipe.unet.modules() if hasattr(layer, "disable_adapters")]
+    layers = [layer for layer in pipe.unet.modules() if hasattr(layer, "lora_A")]
     monkeypatch.setattr(pipe.unet, "forward", lambda *a, **b: calls.append(layers[0].disable_adapters) or step(*a, **b))
     code = block_with("switch_timestep").replace("<run>", str(folder))
     exec(code, {"pipe": pipe, "prompt": PROMPTS[0], "json": json})
