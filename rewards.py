@@ -729,8 +729,9 @@ def save_panels(path: Path, panels: list[tuple[str, str, dict]], log_x: bool = F
     figure = Figure(figsize=(4.5 * len(panels), 3), layout="constrained")
     for axis, (x_label, y_label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for label, columns in lines.items():
-            kept = zip(*(point for point in zip(*columns) if not np.isnan(point[1])))
-            axis.errorbar(*kept, fmt="o-", markersize=3, linewidth=1, capsize=2, label=label)
+            kept = [point for point in zip(*columns) if not np.isnan(point[1])]
+            if kept:
+                axis.errorbar(*zip(*kept), fmt="o-", markersize=3, linewidth=1, capsize=2, label=label)
         axis.set(xlabel=x_label, ylabel=y_label)
         if log_x:
             ticks = sorted({x for columns in lines.values() for x in columns[0]})

@@ -108,30 +108,42 @@ def load(results: Path, arm: str) -> list[dict]:
     return [json.loads(f.read_text()) for f in sorted(results.glob(f"{arm}__[0-9]*.json"))]
 
 
+def line(*cells) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def header(*cells) -> str:
+    return line(*cells) + "\n" + "|---" * len(cells) + "|"
+
+
+def held_out(tables: list[list[dict]], metrics: list[str] = METRICS, column: str = "tuned") -> list[str]:
+    """One cell for each metric: the mean over runs of their final tables, +- standard error over runs."""
+    found = [{row["metric"]: row for row in table} for table in tables]
+    return [mean_and_se([table[metric][column] for table in found]) for metric in metrics]
+
+
+def by_round(records: list[dict]) -> list[str]:
+    """One cell for each round, from the base on: the held-out reward that was optimised."""
+    rounds = zip(*([row["reward_held_out"] for row in r["rounds"]] for r in records))
+    return [mean_and_se([records[0]["table"][0]["base"]]), *map(mean_and_se, rounds)]
+
+
 def tables(results: Path, arms: list[str]) -> None:
     """Markdown: held-out means over seeds +- standard error over seeds, one row per arm; then the held-out reward by round."""
-    by_round, most = [], 0
-    print("| | " + " | ".join(METRICS) + " | seconds |\n" + "|---" * (len(METRICS) + 2) + "|")
-    for arm in arms:
-        records = load(results, arm)
-        if not records:
-            continue
-        tables = [{row["metric"]: row for row in r["table"]} for r in records]
-        reward = records[0]["table"][0]["metric"]
-        if not by_round:
-            print("| base | " + " | ".join(f"{tables[0][m]['base']:.3f}" for m in METRICS) + " | |")
-        cells = [mean_and_se([t[m]["tuned"] for t in tables]) for m in METRICS]
-        print(f"| {arm} ({len(records)}) | " + " | ".join(cells) + f" | {np.mean([r['seconds'] for r in records]):.0f} |")
+    stored = {arm: records for arm in arms if (records := load(results, arm))}
+    print(header("", *METRICS, "seconds"))
+    for i, (arm, records) in enumerate(stored.items()):
+        if not i:
+            print(line("base", *held_out([records[0]["table"]], column="base"), ""))
+        seconds = f"{np.mean([r['seconds'] for r in records]):.0f}"
+        print(line(f"{arm} ({len(records)})", *held_out([r["table"] for r in records]), seconds))
         for switch in records[0].get("switched", ()):
-            switched = [{row["metric"]: row for row in r["switched"][switch]} for r in records]
-            cells = [mean_and_se([t[m]["tuned"] for t in switched]) for m in METRICS]
-            print(f"| {arm}, base from {switch} on | " + " | ".join(cells) + " | |")
-        rounds = zip(*([row["reward_held_out"] for row in r["rounds"]] for r in records))
-        cells = [f"{tables[0][reward]['base']:.3f}", *(mean_and_se(values) for values in rounds)]
-        most = max(most, len(cells))
-        by_round.append(f"| {arm} | " + " | ".join(cells) + " |")
-    header = "\n| held-out reward after round | " + " | ".join(map(str, range(most))) + " |\n" + "|---" * (most + 1) + "|"
-    print("\n".join([header, *by_round]))
+            print(line(f"{arm}, base from {switch} on", *held_out([r["switched"][switch] for r in records]), ""))
+    rounds = {arm: by_round(records) for arm, records in stored.items()}
+    print("\n" + header("held-out reward after round", *range(max(map(len, rounds.values()), default=0))))
+    for arm, cells in rounds.items():
+        print(line(arm, *cells))
 
 
 def main(doc: str, results: Path, arms: dict[str, list[str]], switches: dict[str, list[str]]) -> None:

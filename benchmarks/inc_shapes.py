@@ -8,7 +8,6 @@ over bases, and all rows of one seed share base, pictures and evaluation noises,
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from graft_shapes import ROOT, mean_and_se, store
+from graft_shapes import ROOT, header, line, load, mean_and_se, store
 
 RESULTS = ROOT / "benchmarks" / "results" / "inc"
 BASES = Path("runs") / "inc_bases"  # relative to ROOT, so that the stored commands hold no local path
@@ -30,6 +29,7 @@ ARMS = {
     "plain_iteration": ["--memory", "0", "--updates", "1", *SHORT],
     "three_times": ["--pictures", "60000", "--updates", "12000", *SHORT],
 }
+COLUMNS = ("steps", "MFLOP a picture", "ms", "Fréchet distance", "corrector minus this, paired")
 
 
 def base_of(seed: int) -> str:
@@ -69,28 +69,27 @@ def values_of(record: dict) -> dict[str, float]:
     return found
 
 
+def rows(records: list[dict]) -> dict[str, list]:
+    """{row of the table: its COLUMNS}, means over records +- standard error; the floor has no steps and no cost."""
+    found, costs = [values_of(r) for r in records], [["", "", ""]]
+    milliseconds = np.mean([r["seconds"]["per_picture"] for r in records], 0) * 1e3
+    for row, time in zip(records[0]["table"], milliseconds, strict=True):
+        costs.append([row["steps"], f"{row['flops'] / 1e6:.1f}", f"{time:.2f}"])
+    return {
+        name: [*cost, *(mean_and_se(x) for x in ([v[name] for v in found], [v["corrector"] - v[name] for v in found]))]
+        for name, cost in zip(found[0], costs, strict=True)
+    }
+
+
 def tables(arms: list[str]) -> None:
     """Markdown: Frechet distances, mean over seeds +- standard error; paired differences of the corrector; the inversion."""
     for arm in arms:
-        records = [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{arm}__[0-9]*.json"))]
+        records = load(RESULTS, arm)
         if not records:
             continue
-        found = [values_of(r) for r in records]
-        flops = {"data against data": 0.0}
-        flops |= dict(zip(list(found[0])[1:], (row["flops"] / 1e6 for row in records[0]["table"])))
-        milliseconds = dict(zip(list(found[0])[1:], np.mean([r["seconds"]["per_picture"] for r in records], 0) * 1e3))
-        print(
-            f"\n| {arm} ({len(records)}) | MFLOP | ms | Frechet distance | corrector minus this, paired |\n|---|---|---|---|---|"
-        )
-        for name in found[0]:
-            difference = mean_and_se([values["corrector"] - values[name] for values in found])
-            cells = [
-                f"{flops[name]:.1f}",
-                f"{milliseconds.get(name, 0):.2f}",
-                mean_and_se([v[name] for v in found]),
-                difference,
-            ]
-            print(f"| {name} | " + " | ".join(cells) + " |")
+        print("\n" + header(f"{arm} ({len(records)})", *COLUMNS))
+        for name, cells in rows(records).items():
+            print(line(name, *cells))
         inversion = [r["inversion"] for r in records]
         print(
             f"\nleft out {mean_and_se([i['left_out'] / i['pictures'] for i in inversion])}, round trip "

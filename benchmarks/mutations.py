@@ -98,7 +98,7 @@ TABLE = {
     ("graft.py", "training_target", f"{FAMILIES} -k flow_target"): [("noise - x_0", "x_0 - noise")],
     ("graft.py", "guided_prediction", f"{PIPELINE} -k test_denoising_loss"): [
         ("unconditional + guidance *", "conditional + guidance *"),
-        ('[model.encode([""]).expand_as(text), text]', '[text, model.encode([""]).expand_as(text)]'),
+        ("[model.empty.expand_as(text), text]", "[text, model.empty.expand_as(text)]"),
     ],
     ("graft.py", "sample", TWO_STEPS): [
         ("(x - sigma * prediction) / alpha, prediction", "x - sigma * prediction, prediction"),

@@ -7,11 +7,10 @@ Arms "valid_..." hold out benchmarks/prompts_valid.txt, a part of the training p
 """
 
 import argparse
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from graft_shapes import ROOT, VALID, mean_and_se, store
+from graft_shapes import ROOT, VALID, header, line, load, mean_and_se, store
 
 RESULTS = ROOT / "benchmarks" / "results" / "noise_ppo"
 SHORT = ["--eval_steps", "4,40", "--no-controls"]
@@ -41,10 +40,15 @@ def run(arm: str, seed: int) -> None:
     print(f"{arm} {seed}: gain at steps {gains}; {record['seconds']:.0f} s", flush=True)
 
 
+def by_steps(records: list[dict], steps: tuple[int, ...], name: str) -> list[str]:
+    """One cell for each of `steps`: the mean of by_steps' `name` over runs; empty where no run was evaluated."""
+    rows = [[row[name] for r in records for row in r["by_steps"] if row["steps"] == n] for n in steps]
+    return [mean_and_se(values) if values and None not in values else "" for values in rows]
+
+
 def tables(arms: list[str]) -> None:
     """Markdown, means over seeds +- standard error over seeds: reward by steps, gain by steps, diversity, and the training."""
-    stored = {arm: [json.loads(f.read_text()) for f in sorted(RESULTS.glob(f"{arm}__[0-9]*.json"))] for arm in arms}
-    stored = {arm: records for arm, records in stored.items() if records}
+    stored = {arm: records for arm in arms if (records := load(RESULTS, arm))}
     if not stored:
         return
     everything = [record for records in stored.values() for record in records]
@@ -52,32 +56,24 @@ def tables(arms: list[str]) -> None:
     widest = max(everything, key=lambda record: len(record["by_steps"][0]) * len(record["by_steps"]))
     steps = [row["steps"] for row in widest["by_steps"]]
 
-    def by_steps(records, value):
-        """One cell for each of `steps`; empty where the run was not evaluated."""
-        for n in steps:
-            rows = [row for record in records for row in record["by_steps"] if row["steps"] == n]
-            yield mean_and_se([value(row) for row in rows]) if rows and value(rows[0]) is not None else ""
-
     def table(title, lines):
-        print(f"\n| {title} | " + " | ".join(map(str, steps)) + " |\n" + "|---" * (len(steps) + 1) + "|")
+        print("\n" + header(title, *steps))
         for name, cells in lines.items():
-            print(f"| {name} | " + " | ".join(cells) + " |")
+            print(line(name, *cells))
 
     same = [name for name in widest["by_steps"][0] if name in ("standard", "temperature") or name.startswith("best_of")]
-    lines = {name: by_steps([widest], lambda row, name=name: row[name]) for name in same}  # training has no part in these
-    lines["one for all (mean of a policy over prompts)"] = by_steps(controls, lambda row: row["one_for_all"])
-    lines |= {f"{arm} ({len(records)})": by_steps(records, lambda row: row["learnt"]) for arm, records in stored.items()}
+    lines = {name: by_steps([widest], steps, name) for name in same}  # training has no part in these
+    lines["one for all (mean of a policy over prompts)"] = by_steps(controls, steps, "one_for_all")
+    lines |= {f"{arm} ({len(records)})": by_steps(records, steps, "learnt") for arm, records in stored.items()}
     table("held-out reward at steps", lines)
-    table("gain at steps", {arm: by_steps(r, lambda row: row["gain"]) for arm, r in stored.items()})
-    table(
-        "share of diversity kept at steps", {arm: by_steps(r, lambda row: row["diversity_kept"]) for arm, r in stored.items()}
-    )
-    print("\n| training, mean over iterations | " + " | ".join(TRAINING) + " | held-out KL per dimension | seconds |")
-    print("|---" * (len(TRAINING) + 3) + "|")
+    table("gain at steps", {arm: by_steps(records, steps, "gain") for arm, records in stored.items()})
+    kept = {arm: by_steps(records, steps, "diversity_kept") for arm, records in stored.items()}
+    table("share of diversity kept at steps", kept)
+    print("\n" + header("training, mean over iterations", *TRAINING, "held-out KL per dimension", "seconds"))
     for arm, records in stored.items():
         cells = [mean_and_se([np.mean([row[name] for row in r["iterations"]]) for r in records]) for name in TRAINING]
         cells += [mean_and_se([r["kl_per_dimension"] for r in records]), f"{np.mean([r['seconds'] for r in records]):.0f}"]
-        print(f"| {arm} | " + " | ".join(cells) + " |")
+        print(line(arm, *cells))
 
 
 if __name__ == "__main__":

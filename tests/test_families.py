@@ -26,6 +26,7 @@ from conftest import (
     stock_pipeline,
     with_lora,
 )
+from flow_steps import GaussianFlow, flow_grpo_step, law_of_samples, linear_step, march
 
 import common
 import graft
@@ -108,57 +109,6 @@ def test_no_t5(families, loaded):
 # ---------------------------------------------------------------- the flow's stochastic step, on a Gaussian
 
 
-class GaussianFlow:
-    """x_0 ~ N(M, S^2) and the exact velocity."""
-
-    device, dtype, train_timesteps, prediction_type = "cpu", torch.float32, 1000, "flow"
-    M, S = 0.8, 0.5
-
-    def alpha_sigma(self, t):
-        return 1 - max(t, 0) / 1000, max(t, 0) / 1000
-
-    def velocity(self, x, sigma):
-        alpha = 1 - sigma
-        variance = alpha**2 * self.S**2 + sigma**2
-        # E[eps | x] - E[x_0 | x]
-        return sigma / variance * (x - alpha * self.M) - self.M - alpha * self.S**2 / variance * (x - alpha * self.M)
-
-    def predict(self, x, t, text):
-        return self.velocity(x.double(), t.item() / 1000)
-
-    def law(self, sigma):
-        return (1 - sigma) * self.M, (1 - sigma) ** 2 * self.S**2 + sigma**2
-
-
-def linear_step(model, sigma, after, eta):
-    """(gain, offset, std) of pgraft.denoise's step, which is linear in x and the noise."""
-    x, noise = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1), torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1, 1)
-    levels = [1000 * sigma, 1000 * after if after else -1]
-    offset, one, noisy = pgraft.denoise(model, x, levels, noise, None, 1, eta).flatten().tolist()
-    return one - offset, offset, noisy - offset
-
-
-def flow_grpo_step(model, sigma, after, eta):
-    """The same of an Euler-Maruyama step of Flow-GRPO's SDE (arXiv 2505.05470, equation 9) with a = sqrt(2) eta."""
-    h, variance = sigma - after, 2 * eta**2 * sigma / (1 - sigma)
-
-    def drift(x):
-        v = model.velocity(x, sigma)
-        return x - h * (v + variance / (2 * sigma) * (x + (1 - sigma) * v))
-
-    return drift(1.0) - drift(0.0), drift(0.0), math.sqrt(variance * h)
-
-
-def march(step, sigmas, eta, mean, variance):
-    """{sigma: (mean, variance, gain since the start)}"""
-    found, gain = {}, 1.0
-    for sigma, after in zip(sigmas, sigmas[1:]):
-        a, b, std = step(GaussianFlow(), sigma, after, eta)
-        mean, variance, gain = a * mean + b, a**2 * variance + std**2, a * gain
-        found[round(after, 6)] = (mean, variance, gain)
-    return found
-
-
 def bias(found):
     return max(
         max(abs(a - b) for a, b in zip(found[s][:2], GaussianFlow().law(s))) for s in found if s in (0.8, 0.5, 0.2, 0.0)
@@ -170,7 +120,7 @@ def test_flow_step_keeps_the_marginals(eta):
     biases = []
     for steps in (10, 20, 200, 400):
         sigmas = [1 - k / steps for k in range(steps + 1)]
-        found = march(linear_step, sigmas, eta, 0.0, 1.0)
+        found = march(linear_step, sigmas, eta, 0.0, 1.0, GaussianFlow())
         biases.append(bias(found))
     assert all(np.isfinite(list(found.values())).ravel())  # also after sigma = 1 and at the last step
     assert biases[0] < {0.0: 0.08, 0.5: 0.08, 1.0: 0.12}[eta] and biases[3] < 5e-3
@@ -178,31 +128,26 @@ def test_flow_step_keeps_the_marginals(eta):
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_flow_step_is_the_sde_of_flow_grpo(eta, monkeypatch):
+def test_flow_step_is_the_sde_of_flow_grpo(eta):
     """Same marginals and dependence of levels with many steps; with few its plain step adds noise where x_0 is certain."""
-    sigmas = [0.9 - 0.8 * k / 2000 for k in range(2001)]
-    mine, theirs = (march(s, sigmas, eta, *GaussianFlow().law(0.9)) for s in (linear_step, flow_grpo_step))
+    sigmas, flow, certain = [0.9 - 0.8 * k / 2000 for k in range(2001)], GaussianFlow(), GaussianFlow(0.0)
+    mine, theirs = (march(s, sigmas, eta, *flow.law(0.9), flow) for s in (linear_step, flow_grpo_step))
     for sigma in (0.5, 0.1):
         assert np.allclose(mine[sigma], theirs[sigma], atol=4e-3)
-        assert mine[sigma][2] < 0.97 * march(linear_step, sigmas, 0.0, 0.0, 1.0)[sigma][2]  # the gain shows eta
-    monkeypatch.setattr(GaussianFlow, "S", 0.0)  # x_0 is certain
+        assert mine[sigma][2] < 0.97 * march(linear_step, sigmas, 0.0, 0.0, 1.0, flow)[sigma][2]  # the gain shows eta
     sigmas = [0.9 - 0.8 * k / 10 for k in range(11)]
-    mine, theirs = (march(s, sigmas, eta, *GaussianFlow().law(0.9)) for s in (linear_step, flow_grpo_step))
+    mine, theirs = (march(s, sigmas, eta, *certain.law(0.9), certain) for s in (linear_step, flow_grpo_step))
     assert mine[0.1][1] == pytest.approx(0.01, abs=1e-6) and theirs[0.1][1] > 0.013
-    with pytest.raises(ZeroDivisionError):
-        flow_grpo_step(GaussianFlow(), 1.0, 0.9, eta)
+    # at sigma = 1 its noise is that of the next level, here a = sqrt(2) eta sqrt(.9 / .1) for h = .1
+    assert flow_grpo_step(flow, 1.0, 0.9, eta)[2] == pytest.approx(math.sqrt(2) * eta * 3 * math.sqrt(0.1))
 
 
 def test_what_few_steps_cost():
-    """README, "Samplers": the standard deviation that the samples of 28 steps of SD 3's grid lack."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(28)
-    sigmas = scheduler.sigmas.double().tolist()
+    """The standard deviation that the samples of 28 steps of SD 3's grid lack, which are few."""
     for eta, lack in ((0.0, 0.051), (0.5, 0.059), (1.0, 0.092)):
-        mean, variance, _ = march(linear_step, sigmas, eta, 0.0, 1.0)[0.0]
-        assert (mean, 0.5 - variance**0.5) == (pytest.approx(GaussianFlow.M, abs=1e-4), pytest.approx(lack, abs=6e-4))
+        mean, std = law_of_samples(linear_step, 28, eta, GaussianFlow())
+        assert (mean, 0.5 - std) == (pytest.approx(0.8, abs=1e-4), pytest.approx(lack, abs=6e-4))
+        assert law_of_samples(linear_step, 28, eta, GaussianFlow(0.0)) == pytest.approx((0.8, 0), abs=1e-4)
 
 
 def test_step_of_a_flow_in_closed_form():
@@ -231,7 +176,7 @@ def test_scripts_take_the_same_steps(loaded):
 
 def test_flow_target():
     x_0, noise = (
-        GaussianFlow.M + GaussianFlow.S * torch.randn(200_000, 1, generator=seeded(1)),
+        GaussianFlow.M + GaussianFlow().S * torch.randn(200_000, 1, generator=seeded(1)),
         torch.randn(200_000, 1, generator=seeded(2)),
     )
     for sigma in (0.2, 0.7, 1.0):

@@ -43,37 +43,6 @@ PICTURES = [
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A folder with a CLIPModel, its processor and aesthetic-model.pth."""
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
-
-    folder = tmp_path_factory.mktemp("clip") / "a+b, c*d"  # may stand in parentheses
-    folder.mkdir()
-    tokenizer = make_tokenizer(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    words = {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "pad_token_id": tokenizer.pad_token_id}
-    words |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config=sizes | words, vision_config=sizes | {"image_size": 24, "patch_size": 8}, projection_dim=768
-    )
-    model = CLIPModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # so that pictures and prompts differ
-            parameter += 0.2 * torch.randn(parameter.shape)
-        model.logit_scale.fill_(3.0)
-    model.save_pretrained(folder)
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-    CLIPProcessor(pixels, tokenizer).save_pretrained(folder)
-    pixels.save_pretrained(folder)  # preprocessor_config.json, as in older repositories
-    sizes = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
-    head = {f"layers.{i}.weight": torch.randn(after, before) / before**0.5 for i, (before, after) in sizes.items()}
-    head |= {f"layers.{i}.bias": torch.randn(after) for i, (_, after) in sizes.items()}
-    torch.save(head, folder / "aesthetic-model.pth")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def clip_outputs(clip_folder):
     """CLIPModel's own answer for all PICTURES and PROMPTS, from pixels made here."""
     from transformers import CLIPModel, CLIPTokenizer

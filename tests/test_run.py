@@ -24,7 +24,7 @@ from conftest import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import LORA_FILE, Model
+from common import LORA_FILE, Model, save_panels
 
 ALL = ["--lora_targets", "all", "--save_accepted"]
 
@@ -308,3 +308,10 @@ def test_without_held_out_prompts_every_tenth_is_held_out(tiny_arguments, tmp_pa
     code, out, error = run_inside(argv)
     assert code == 0, error
     assert "2 held-out prompts" in out and "1 rounds x 18 prompts" in out
+
+
+def test_line_of_nan_only_is_left_out(tmp_path):
+    """Such as the explained variance of a reward that never varies."""
+    lines = {"nan": ([1, 2], [float("nan")] * 2), "one": ([1, 2], [0.0, 1.0])}
+    save_panels(tmp_path / "panels.png", [("round", "", lines)])
+    assert np.asarray(Image.open(tmp_path / "panels.png").convert("L")).std() > 0
