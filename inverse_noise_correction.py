@@ -384,12 +384,13 @@ def prepare(args):
     if args.normalise == "gaussian" and d > MOST_COVARIANCE:
         raise InputError(f"--normalise gaussian: {d} numbers in a picture are too many, {MOST_COVARIANCE} at most; take scale")
     world = flow_data.WORLD
+    if not args.data and shape != world:
+        raise InputError(f"--data: the embedded pictures are {world}, the model's {shape}; give a folder of pictures")
     if args.features == "shapes" and shape != world:
         raise InputError(f"--features shapes: judges pictures of shape {world} only, not {shape}; use pixels or inception")
     if args.features == "inception" and not inception:
         raise InputError("--features inception: needs the package torch-fidelity (pip install torch-fidelity), or use pixels")
-    files = flow_data.find_pictures(args.data, shape, args.reference_share)
-    return shape, files, lists
+    return shape, flow_data.find_pictures(args.data, args.reference_share), lists
 
 
 def main(args, folder_known):

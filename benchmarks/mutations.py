@@ -120,12 +120,12 @@ TABLE = {
         (".square().mean()", ".abs().mean()"),
         ("model, x_t, t, text", "model, x_0, t, text"),
     ],
-    ("graft.py", "schedule_prompts", f"{EQUATIONS} -k schedule"): [
+    ("rewards.py", "schedule_prompts", f"{EQUATIONS} -k schedule"): [
         ("divmod(r, count // per_round)", "divmod(r, count // per_round + 1)"),
         ("[place * per_round :", "[0:"),
         ('"prompts", order))', '"prompts", 0))'),
     ],
-    ("graft.py", "paired_table", f"{EQUATIONS} -k paired_table"): [
+    ("rewards.py", "paired_table", f"{EQUATIONS} -k paired_table"): [
         ("change.std() / len(change) ** 0.5", "change.std()"),
         ("tuned[name] - base[name]", "base[name] - tuned[name]"),
     ],
@@ -245,8 +245,8 @@ TABLE = {
         ("change @ (new - old)", "change @ (old - new)"),
     ],
     ("inverse_noise_correction.py", "interpolant", f"{INVERSE} -k 'test_interpolant or only_if_the_law'"): [
-        ("angle.cos() * z - angle.sin() * eps", "angle.cos() * z + angle.sin() * eps"),
-        ("angle.cos() * eps + angle.sin() * z", "angle.sin() * eps + angle.cos() * z"),
+        ("angle.cos() * w - angle.sin() * eps", "angle.cos() * w + angle.sin() * eps"),
+        ("angle.cos() * eps + angle.sin() * w", "angle.sin() * eps + angle.cos() * w"),
         ("angle = 0.5 * math.pi", "angle = math.pi"),
         ("0.5 * math.pi * (angle", "math.pi * (angle"),
     ],
@@ -273,13 +273,13 @@ TABLE = {
         ('z / self.settings["scale"]', 'z * self.settings["scale"]'),
     ],
     ("inverse_noise_correction.py", "Corrector.destandardise", f"{INVERSE} -k is_the_control"): [
-        ('self.law["mean"] + y', "y"),
+        ('self.law["mean"] + w', "w"),
     ],
-    ("inverse_noise_correction.py", "flow_loss", f"{INVERSE} -k test_flow_loss"): [
+    ("shapes/flow.py", "flow_loss", f"{INVERSE} -k test_flow_loss"): [
         ("- (eps - x)", "- (x - eps)"),
         ("(1 - level) * x + level * eps", "level * x + (1 - level) * eps"),
     ],
-    ("inverse_noise_correction.py", "fit", f"{INVERSE} -k best_held_out"): [
+    ("inverse_noise_correction.py", "train_corrector", f"{INVERSE} -k best_held_out"): [
         ('if not score >= state["best"]', 'if not score <= state["best"]'),
     ],
     # ------------------------------------------------------------ shared

@@ -97,11 +97,8 @@ class FeatureNet(torch.nn.Module):
 # ---------------------------------------------------------------- the pictures of a run
 
 
-def find_pictures(data, shape, reference_share):
-    """The picture files in the folder `data` and in its folders, [] if that is ""; InputError if they are too few to be shared out, or
-    the world's pictures are to be used and have another shape."""
-    if not data and shape != WORLD:
-        raise InputError(f"--data: the embedded pictures are {WORLD}, the model's {shape}; give a folder of pictures")
+def find_pictures(data, reference_share):
+    """The picture files in the folder `data` and in its folders, [] if that is ""; InputError if they are too few to share out."""
     if data and not Path(data).is_dir():
         raise InputError(f"--data {data}: no such folder")
     endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

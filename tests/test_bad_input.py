@@ -288,6 +288,8 @@ EARLY = [  # found before anything is loaded
     (
         "noise_ppo",
         {
+            "--lora @/full": "--lora",
+            "--switch_timestep 200": "--switch_timestep 200: is of a LoRA; give --lora",
             "--iterations 0": "--iterations 0: must be between 1 and",
             "--iterations 1000000000": "--iterations 1000000000: must be between 1 and 100000",
             "--iterations many": "--iterations | 'many' | see --help",
