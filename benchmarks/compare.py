@@ -34,7 +34,7 @@ METRICS = ("shapes_strict", "shapes_graded", "shapes_fit", "jpeg_compressibility
 ARMS = {
     "none": ("control: GRAFT without selection", "graft.py --rule none", "--rounds 1"),
     "graft": ("GRAFT", "graft.py", "--rounds 1"),
-    "graft_tuned": ("GRAFT, tuned", "graft.py --rule threshold --threshold 1 --lr 3e-3 --rounds 6", "--rounds 2"),
+    "graft_tuned": ("GRAFT, tuned", "graft.py --rule threshold --threshold 1 --batch 32 --micro_batch 32 --updates 120 --rounds 6", "--rounds 2"),
     "pgraft": ("P-GRAFT, base from level 0.2 on", "pgraft.py --switch 0.2", "--rounds 1"),
     "noise_ppo": ("Noise PPO", "noise_ppo.py --iterations 36 --eval_steps 4,10 --no-controls", "--iterations 6"),
     "pgraft_noise_ppo": (
