@@ -15,7 +15,6 @@ steps always start at sigma = 1); the policy reads the token states, or the pool
 by default only mu is learnt, which gained as much at half the KL on validation prompts (--no-mean_only: sigma too).
 """
 
-import contextlib
 import inspect
 import json
 import math
@@ -240,31 +239,35 @@ def draw_noise(seeds, shape, dtype):
 
 
 @torch.no_grad()
-def sample(model, z, text, steps, guidance, switch=None):
-    """DDIM with eta 0 (arXiv 2010.02502, equation 12), which of a flow is Euler's step. z: (batch, c, h, w) -> clean latents
-    x_0 (batch, c, h, w), float32. switch: of a model with a LoRA the timestep above which steps start that it takes."""
-    grid = model.timesteps(steps)
-    times = torch.tensor(grid, device=model.device)  # one transfer, none inside the loop
-    x = z.to(model.device, model.dtype).float()
-    lora = contextlib.ExitStack()
-    with lora:
-        if switch is not None:
-            lora.enter_context(model.lora_merged() if grid[0] > switch else model.lora_off())
-        for k, t in enumerate(grid):
-            if switch is not None and k and t <= switch < grid[k - 1]:
-                lora.close()
-                lora.enter_context(model.lora_off())
-            alpha, sigma = model.alpha_sigma(t)
-            alpha_next, sigma_next = model.alpha_sigma(grid[k + 1] if k + 1 < len(grid) else -1)
-            prediction = guided_prediction(model, x, times[k], text, guidance)
-            if model.prediction_type == "epsilon":
-                x_0, eps = (x - sigma * prediction) / alpha, prediction
-            elif model.prediction_type == "v_prediction":  # v = alpha eps - sigma x_0
-                x_0, eps = alpha * x - sigma * prediction, alpha * prediction + sigma * x
-            else:  # a flow's velocity eps - x_0
-                x_0, eps = x - sigma * prediction, x + alpha * prediction
-            x = alpha_next * x_0 + sigma_next * eps
+def denoise(model, x, levels, text, guidance):
+    """DDIM with eta 0 (arXiv 2010.02502, equation 12), which of a flow is Euler's step, along levels, falling timesteps of which -1
+    is the clean one. x: (batch, c, h, w) at levels[0] -> x at levels[-1], float32."""
+    times = torch.tensor(levels, device=model.device)  # one transfer, none inside the loop
+    for k, (t, after) in enumerate(zip(levels, levels[1:])):
+        alpha, sigma = model.alpha_sigma(t)
+        alpha_next, sigma_next = model.alpha_sigma(after)
+        prediction = guided_prediction(model, x, times[k], text, guidance)
+        if model.prediction_type == "epsilon":
+            x_0, eps = (x - sigma * prediction) / alpha, prediction
+        elif model.prediction_type == "v_prediction":  # v = alpha eps - sigma x_0
+            x_0, eps = alpha * x - sigma * prediction, alpha * prediction + sigma * x
+        else:  # a flow's velocity eps - x_0
+            x_0, eps = x - sigma * prediction, x + alpha * prediction
+        x = alpha_next * x_0 + sigma_next * eps
     return x
+
+
+def sample(model, z, text, steps, guidance, switch=None):
+    """z: (batch, c, h, w) -> clean latents x_0 (batch, c, h, w), float32. switch: of a model with a LoRA, which takes the steps that
+    start above this timestep."""
+    levels, x = [*model.timesteps(steps), -1], z.to(model.device, model.dtype).float()
+    if switch is None:
+        return denoise(model, x, levels, text, guidance)
+    tuned = sum(t > switch for t in levels[:-1])  # steps
+    with model.lora_merged():
+        x = denoise(model, x, levels[: tuned + 1], text, guidance)
+    with model.lora_off():
+        return denoise(model, x, levels[tuned:], text, guidance)
 
 
 def sample_and_score(model, rewards, prompts, z, steps, args, label, statistics=False):

@@ -41,7 +41,7 @@ LIMIT = 600  # seconds for the tests of one mutation
 
 EQUATIONS, PGRAFT, NOISE = "tests/test_equations.py", "tests/test_pgraft.py", "tests/test_noise_ppo.py"
 INVERSE, PIPELINE, FAMILIES = "tests/test_inverse_noise_correction.py", "tests/test_pipeline.py", "tests/test_families.py"
-REWARDS, MODELS = "tests/test_rewards.py", "tests/test_reward_models.py"
+REWARDS, MODELS, DDPO = "tests/test_rewards.py", "tests/test_reward_models.py", "tests/test_ddpo.py"
 TWO_STEPS = "tests/test_pipeline.py -k 'test_sample_equals_stock_pipeline and 4'"
 
 # {(file, function, test files and -k): [(old, new)]}; old stands once in the function. accept, _rank, reshaped_reward and the other
@@ -211,13 +211,18 @@ TABLE = {
         ("- self.centre) * self.scale", "- self.centre)"),
         ("log_std * self.on[1]", "log_std * self.on[0]"),
     ],
-    ("noise_ppo.py", "sample", f"{NOISE} -k 'equals_stock and 4'"): [
+    ("noise_ppo.py", "denoise", f"{NOISE} -k 'equals_stock and 4'"): [
         ("(x - sigma * prediction) / alpha, prediction", "x - sigma * prediction, prediction"),
         ("alpha * prediction + sigma * x", "alpha * prediction - sigma * x"),
         ("alpha_next * x_0 + sigma_next * eps", "alpha * x_0 + sigma_next * eps"),
-        ("else -1", "else 0"),
     ],
-    ("noise_ppo.py", "sample", f"{FAMILIES} -k same_steps"): [
+    ("noise_ppo.py", "sample", f"{NOISE} -k 'equals_stock and 4'"): [("(steps), -1]", "(steps), 0]")],
+    ("noise_ppo.py", "sample", f"{NOISE} -k with_a_lora"): [
+        ("t > switch", "t >= switch"),
+        ("levels[: tuned + 1]", "levels[:tuned]"),
+        ("model.lora_off()", "model.lora_merged()"),
+    ],
+    ("noise_ppo.py", "denoise", f"{FAMILIES} -k same_steps"): [
         ("x - sigma * prediction, x + alpha * prediction", "x - sigma * prediction, x - alpha * prediction"),
     ],
     ("noise_ppo.py", "evaluate", f"{NOISE} -k test_evaluate"): [
@@ -332,6 +337,22 @@ TABLE = {
     ("rewards.py", "Reward.scores", f"{REWARDS} -k weighted_sum"): [("weight * parts[name]", "parts[name]")],
     ("rewards.py", "diversity", f"{REWARDS} -k diversity"): [("numel() ** 0.5", "numel()")],
     ("rewards.py", "average_hash", f"{REWARDS} -k average_hash"): [("cells.mean(1, keepdim=True)", "cells.mean()")],
+    # ------------------------------------------------------------ DDPO
+    ("benchmarks/ddpo.py", "step_law", f"{DDPO} -k step_law"): [
+        ("sigma_next**2 - std**2", "sigma_next**2"),
+        ("(alpha * sigma_next / alpha_next)", "(sigma_next / alpha_next)"),
+    ],
+    ("benchmarks/ddpo.py", "log_prob", f"{DDPO} -k normal_density"): [("- math.log(std)", "+ math.log(std)")],
+    ("benchmarks/ddpo.py", "ppo_loss", f"{DDPO} -k 'clip_cuts or finite_difference'"): [
+        ("torch.minimum", "torch.maximum"),
+        ("-torch.minimum", "torch.minimum"),
+        ("1 - clip, 1 + clip", "1 - clip, 1 + 2 * clip"),
+    ],
+    ("benchmarks/ddpo.py", "advantages", f"{DDPO} -k advantages"): [
+        ("rewards.mean(1, keepdim=True)", "rewards.mean()"),
+        ("correction=0", "correction=1"),
+    ],
+    # ------------------------------------------------------------ statistics of pictures
     ("rewards.py", "jpeg_compressibility", f"{REWARDS} -k jpeg"): [("-torch.tensor", "torch.tensor")],
     ("rewards.py", "image_statistics", f"{REWARDS} -k image_statistics"): [("g.std()", "g.var()")],
 }
@@ -446,7 +467,7 @@ def main() -> int:
             free.append(folder)
             return dict(zip(NAMES, mutation)) | {"caught_by": failed}
 
-        for tests in (EQUATIONS, REWARDS, NOISE, INVERSE, PGRAFT, PIPELINE, MODELS, FAMILIES):  # the cheap ones first
+        for tests in (EQUATIONS, REWARDS, NOISE, INVERSE, PGRAFT, PIPELINE, DDPO, MODELS, FAMILIES):  # the cheap ones first
             part = [m for m in chosen if m[2].startswith(tests)]
             expressions = dict.fromkeys(shlex.split(m[2])[2] for m in part)
             if part:

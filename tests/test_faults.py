@@ -43,7 +43,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__} {case[1]}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__} {case[1][:2]}")
 def test_survived(case, uninterrupted):
     folder, reference, _ = uninterrupted
     function, options = case

@@ -24,7 +24,8 @@ from conftest import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from common import LORA_FILE, Model, save_panels
+from common import LORA_FILE, Model
+from rewards import save_panels
 
 ALL = ["--lora_targets", "all", "--save_accepted"]
 
