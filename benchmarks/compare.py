@@ -3,6 +3,7 @@
 Run: python benchmarks/compare.py            (what benchmarks/results/compare lacks, two runs at a time; then table and figure)
      python benchmarks/compare.py --tables   (only these, from the stored results)
      python benchmarks/compare.py --quick    (minutes: one seed, small runs in runs/compare_quick, which say little)
+     python benchmarks/compare.py --tune     (what DDPO's and GRAFT's settings were chosen from, on validation prompts)
 A run that was stopped goes on where it was (runs/compare/<arm>__<seed>).
 
 A model call is one forward pass for one picture; a training step counts 3, as a backward pass costs about two forward ones.
@@ -16,13 +17,14 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from graft_shapes import ROOT, load, mean_and_se
+from graft_shapes import ROOT, VALID, header, line, load, mean_and_se
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 sys.path.insert(0, str(ROOT))
@@ -34,7 +36,11 @@ METRICS = ("shapes_strict", "shapes_graded", "shapes_fit", "jpeg_compressibility
 ARMS = {
     "none": ("control: GRAFT without selection", "graft.py --rule none", "--rounds 1"),
     "graft": ("GRAFT", "graft.py", "--rounds 1"),
-    "graft_tuned": ("GRAFT, tuned", "graft.py --rule threshold --threshold 1 --batch 32 --micro_batch 32 --updates 120 --rounds 6", "--rounds 2"),
+    "graft_tuned": (
+        "GRAFT, tuned",
+        "graft.py --rule threshold --threshold 1 --batch 32 --micro_batch 32 --updates 120 --rounds 6",
+        "--rounds 2",
+    ),
     "pgraft": ("P-GRAFT, base from level 0.2 on", "pgraft.py --switch 0.2", "--rounds 1"),
     "noise_ppo": ("Noise PPO", "noise_ppo.py --iterations 36 --eval_steps 4,10 --no-controls", "--iterations 6"),
     "pgraft_noise_ppo": (
@@ -43,6 +49,31 @@ ARMS = {
         "--iterations 6",
     ),
     "ddpo": ("DDPO", "benchmarks/ddpo.py", "--rounds 2"),
+}
+DDPO_TUNING = "benchmarks/ddpo.py --eval_samples 2"
+LONG, SHORT = f"{DDPO_TUNING} --rounds 10 --eval_every 5 --batch 64", f"{DDPO_TUNING} --rounds 8 --eval_every 4"
+TUNING = {  # what was tried, in this order, one seed each
+    "ddpo, lr 1e-3, clip 1e-4": f"{LONG} --lr 1e-3 --clip 1e-4",
+    "ddpo, lr 1e-3, clip 1e-3": f"{LONG} --lr 1e-3 --clip 1e-3",
+    "ddpo, lr 3e-3, clip 1e-3": f"{LONG} --lr 3e-3 --clip 1e-3",
+    "ddpo, lr 3e-3, clip 1e-2": f"{SHORT} --lr 3e-3 --clip 1e-2 --batch 64",
+    "ddpo, lr 1e-2, clip 1e-3": f"{SHORT} --lr 1e-2 --clip 1e-3 --batch 64",
+    "ddpo, lr 3e-3, clip 1e-3, batch 32": f"{SHORT} --lr 3e-3 --clip 1e-3 --batch 32",
+    "ddpo, lr 3e-3, clip 1e-3, 16 samples a prompt": (
+        f"{SHORT} --lr 3e-3 --clip 1e-3 --batch 64 --samples 16 --prompts_per_round 40"
+    ),
+    "ddpo, lr 3e-3, clip 1e-3, 2 epochs": f"{SHORT} --lr 3e-3 --clip 1e-3 --batch 64 --epochs 2",
+    "ddpo, lr 3e-3, clip 1e-2, batch 32": f"{SHORT} --lr 3e-3 --clip 1e-2 --batch 32",
+    "graft, default": "graft.py --eval_samples 2",
+    "graft, threshold": "graft.py --eval_samples 2 --rule threshold --threshold 1",
+    "graft, threshold, lr 3e-3": "graft.py --eval_samples 2 --rule threshold --threshold 1 --lr 3e-3",
+    "graft, threshold, 6 rounds of 80 prompts, 30 updates": (
+        "graft.py --eval_samples 2 --rule threshold --threshold 1 --rounds 6 --prompts_per_round 80 --updates 30"
+    ),
+    "graft, lr 3e-3": "graft.py --eval_samples 2 --lr 3e-3",
+    "graft, threshold, batch 32, 120 updates": (
+        "graft.py --eval_samples 2 --rule threshold --threshold 1 --batch 32 --micro_batch 32 --updates 120"
+    ),
 }
 STYLES = {
     "none": "k:",
@@ -78,39 +109,39 @@ def seconds_at(folder: Path) -> list[float]:
     return [found[step] for step in sorted(found)]
 
 
-def run(results: Path, arm: str, seed: int, quick: bool) -> None:
-    """One run -> <results>/<arm>__<seed>.json: command, budget, curve (pictures, calls, seconds, held-out reward) and final table."""
-    target = results / f"{arm}__{seed}.json"
+def run(target: Path, folder: Path, command: list[str], seed: int) -> None:
+    """One run in `folder`, gone on with if it was begun there, -> target: command, budget, curve (pictures, calls, seconds, held-out
+    reward) and final table. command: script and arguments."""
     if target.exists():
         return
-    runs = QUICK if quick else ROOT / "runs" / "compare"
-    script, *arguments = ARMS[arm][1].format(run=runs, seed=seed).split()
-    shorter = (ARMS[arm][2] + " --eval_samples 2").split() if quick else []
-    command, folder = [script, "--seed", str(seed), *arguments, *shorter], runs / f"{arm}__{seed}"
-    go_on = ["--resume", str(folder)] if (folder / "args.json").exists() else [*command[1:], "--output", str(folder)]
+    script, *arguments = command = [*command, "--seed", str(seed)]
+    go_on = ["--resume", str(folder)] if (folder / "args.json").exists() else [*arguments, "--output", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     done = subprocess.run([sys.executable, script, *go_on], cwd=ROOT, env=environment, **pipes)
     if done.returncode:
-        print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+        print(f"{target.stem} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
         return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(record(folder, command, seed), indent=1) + "\n")
+    print(f"{target.stem}: {json.loads(target.read_text())['curve'][-1]}", flush=True)
+
+
+def record(folder: Path, command: list[str], seed: int) -> dict:
+    """Of a finished run."""
     args, found = json.loads((folder / "args.json").read_text()), json.loads((folder / "results.json").read_text())
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    pictures, calls = cost(script, args)
+    pictures, calls = cost(command[0], args)
     curve = [
         {"pictures": pictures * i, "calls": calls * i, "seconds": round(seconds, 1), "reward": float(row["reward_held_out"])}
         for i, (row, seconds) in enumerate(zip(rows, seconds_at(folder)), 1)
         if row["reward_held_out"] != "nan"
     ]
-    record = {"command": " ".join(["python", *command]).replace(str(ROOT) + "/", ""), "seed": seed}
-    record |= {"hardware": f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time"}
-    record |= {"pictures": pictures * len(rows), "calls": calls * len(rows), "curve": curve, "table": found["table"]}
-    if "by_steps" in found:
-        record["by_steps"] = found["by_steps"]
-    results.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{arm} {seed}: {curve[-1]}", flush=True)
+    kept = {"command": " ".join(["python", *command]).replace(f"{ROOT}/", ""), "seed": seed}
+    kept |= {"hardware": f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time"}
+    kept |= {"pictures": pictures * len(rows), "calls": calls * len(rows), "curve": curve, "table": found["table"]}
+    return kept | ({"by_steps": found["by_steps"]} if "by_steps" in found else {})
 
 
 def final_means(record: dict) -> dict:
@@ -131,23 +162,42 @@ def table(results: Path) -> str:
     """Markdown: budget and held-out means over seeds ± standard error over seeds, one row an arm."""
     stored = {arm: records for arm in ARMS if (records := load(results, arm))}
     if "graft" not in stored:
-        return "(no result of GRAFT yet)\n"
+        return "(no result of GRAFT yet)"
     budget = stored["graft"][0]["calls"]
-    head = ["", "pictures", "calls (thousands)", "seconds", f"strict at {budget / 1000:.0f} k calls", "strict, end"]
-    lines = [head + ["graded", "fit", "JPEG (−kB)", "diversity"], ["---"] * (len(head) + 4)]
+    names = ["", "pictures", "calls (thousands)", "seconds", f"strict at {budget / 1000:.0f} k calls", "strict, end"]
+    lines = [header(*names, "graded", "fit", "JPEG (−kB)", "diversity")]
     base = final_means(stored["graft"][0])
-    lines.append(["base", "", "", "", "", *(f"{base[name][0]:.3f}" for name in METRICS)])
+    lines.append(line("base", "", "", "", "", *(f"{base[name][0]:.3f}" for name in METRICS)))
     for row in json.loads((ROOT / "benchmarks" / "results" / "base.json").read_text())["rows"]:
         if row.get("best_of", 1) > 1 and "held_out shapes_strict" in row:
-            calls, strict = f"{row['calls']} a picture", "{:.3f}".format(row["held_out shapes_strict"][0])
-            lines.append([f"best of {row['best_of']} at sampling time", "", calls, "", "", strict, "", "", "", ""])
+            label, calls = f"best of {row['best_of']} at sampling time", f"{row['calls'] / 1000:g} a picture"
+            lines.append(line(label, "", calls, "", "", "{:.3f} ± {:.3f}".format(*row["held_out shapes_strict"]), *[""] * 4))
     for arm, records in stored.items():
         cells = [f"{ARMS[arm][0]} ({len(records)})", f"{records[0]['pictures']:,}", f"{records[0]['calls'] / 1000:.0f}"]
         cells.append(f"{np.mean([r['curve'][-1]['seconds'] for r in records]):.0f}")
         cells.append(mean_and_se([at_budget(r, budget) for r in records]))
         cells += [mean_and_se([final_means(r)[name][1] for r in records]) for name in METRICS]
-        lines.append(cells)
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        lines.append(line(*cells))
+    return "\n".join(lines)
+
+
+def slug(name: str) -> str:
+    """For a file's name."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+def tuning() -> str:
+    """Markdown: reward on the validation prompts at two numbers of pictures, one row a setting."""
+    lines = [header("tried on validation prompts", "pictures", "calls (thousands)", "strict")]
+    for name in TUNING:
+        (found,) = load(RESULTS / "tuning", slug(name)) or [None]
+        if found:
+            middle, end = found["curve"][-2 if len(found["curve"]) < 6 else 2], found["curve"][-1]
+            cells = [
+                (f"{point['pictures']:,}", f"{point['calls'] / 1000:.0f}", f"{point['reward']:.3f}") for point in (middle, end)
+            ]
+            lines.append(line(name, *(" / ".join(pair) for pair in zip(*cells))))
+    return "\n".join(lines)
 
 
 def reached(results: Path) -> str:
@@ -169,8 +219,10 @@ def reached(results: Path) -> str:
                 for name in ("pictures", "calls", "seconds")
             ]
             reward = ours["reward"][passed[0]]
-            return f"GRAFT passed DDPO's final {goal:.3f} after round {passed[0] + 1}, at {reward:.3f}, with {', '.join(parts)}.\n"
-        words = f"GRAFT did not reach DDPO's final {goal:.3f}: it ended at {ours['reward'][-1]:.3f}.\n"
+            return (
+                f"GRAFT passed DDPO's final {goal:.3f} after round {passed[0] + 1}, at {reward:.3f}, with {', '.join(parts)}."
+            )
+        words = f"GRAFT did not reach DDPO's final {goal:.3f}: it ended at {ours['reward'][-1]:.3f}."
     return words
 
 
@@ -205,14 +257,26 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tune", action="store_true")
     options = parser.parse_args()
-    results = QUICK / "results" if options.quick else RESULTS
-    if not options.tables:
-        seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
-        first = [(arm, seed) for seed in seeds for arm in options.arms if arm != "pgraft_noise_ppo"]
-        second = [(arm, seed) for seed in seeds for arm in options.arms if arm == "pgraft_noise_ppo"]  # needs P-GRAFT's run
-        with ThreadPoolExecutor(options.jobs) as pool:
-            for jobs in (first, second):
-                list(pool.map(lambda job: run(results, *job, options.quick), jobs))
-    print(table(results) + "\n" + reached(results))
+    runs, results = (QUICK, QUICK / "results") if options.quick else (ROOT / "runs" / "compare", RESULTS)
+    with ThreadPoolExecutor(options.jobs) as pool:
+
+        def start(jobs):
+            list(pool.map(lambda job: run(*job), jobs))
+
+        if options.tune:
+            start(
+                (RESULTS / "tuning" / f"{slug(a)}__0.json", runs / slug(a), [*c.split(), *VALID], 0) for a, c in TUNING.items()
+            )
+            print(tuning())
+            sys.exit()
+        for seed in () if options.tables else options.seeds or ([0] if options.quick else [0, 1, 2]):
+            commands = {arm: ARMS[arm][1].format(run=runs, seed=seed).split() for arm in options.arms}
+            if options.quick:
+                commands = {arm: [*c, *ARMS[arm][2].split(), "--eval_samples", "2"] for arm, c in commands.items()}
+            jobs = [(results / f"{arm}__{seed}.json", runs / f"{arm}__{seed}", c, seed) for arm, c in commands.items()]
+            start(job for job in jobs if "pgraft_noise_ppo" not in job[0].name)
+            start(job for job in jobs if "pgraft_noise_ppo" in job[0].name)  # needs P-GRAFT's run of this seed
+    print(f"{table(results)}\n\n{reached(results)}")
     figure(results)

@@ -98,4 +98,4 @@ def test_reached(stored):
     assert "200 of 3,000 pictures (1/15.0), 4,000 of 18,000 calls (1/4.5), 20 of 150 seconds (1/7.5)" in words
     for seed in (0, 1):
         (stored / f"ddpo__{seed}.json").write_text(json.dumps(record([0.95], 1000, 6000, 50.0)))
-    assert compare.reached(stored) == "GRAFT did not reach DDPO's final 0.950: it ended at 0.900.\n"
+    assert compare.reached(stored) == "GRAFT did not reach DDPO's final 0.950: it ended at 0.900."
