@@ -227,7 +227,7 @@ def reached(results: Path) -> str:
 
 
 def figure(results: Path) -> None:
-    """compare.png: held-out reward against pictures sampled and against seconds; bands: standard error over seeds."""
+    """graft__compare.png: held-out reward against pictures sampled and against seconds; bands: standard error over seeds."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(9, 3.6), layout="constrained")
@@ -247,7 +247,7 @@ def figure(results: Path) -> None:
         )
     canvas.axes[0].set_ylabel("held-out strict reward")
     canvas.axes[0].legend(fontsize=7)
-    save_figure(canvas, results / "compare.png")
+    save_figure(canvas, results / "graft__compare.png")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import json
 import re
 import sys
 
+import compare
 import numpy as np
 from graft_shapes import METRICS, ROOT, by_round, header, held_out, line, load
 from inc_shapes import COLUMNS
@@ -379,6 +380,8 @@ PARTS = {
     "noise ppo kl": noise_kl,
     "inc": inc,
     "flow steps": flow_steps,
+    "compare": lambda: compare.table(RESULTS / "compare"),
+    "tuning": lambda: compare.tuning(),
     "guidance": guidance,
     "arguments": arguments,
 }

@@ -88,7 +88,7 @@ def test_table_and_figure(stored):
     assert ddpo.split("|")[2:7] == [" 3,000 ", " 18 ", " 150 ", " 0.300 ± 0.000 ", " 0.700 ± 0.000 "]
     assert len({line.count("|") for line in lines}) == 1 and any(line.startswith("| best of 8 ") for line in lines)
     compare.figure(stored)
-    assert (stored / "compare.png").stat().st_size > 10_000
+    assert (stored / "graft__compare.png").stat().st_size > 10_000
 
 
 def test_reached(stored):
