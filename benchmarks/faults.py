@@ -55,7 +55,7 @@ PHASES = {  # the label of a progress bar, or the n-th call of a function
         WRITE,
     ],
     "inverse_noise_correction.py": [
-        ("common.check_flow", 1),
+        ("shapes.flow.check_flow", 1),
         "invert",
         "corrector",
         "longer",
