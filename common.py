@@ -43,8 +43,9 @@ class InputError(Exception):
 
 
 def run_script(main, cls) -> None:
-    """main(args, folder_known) with the command line's arguments; main tells its run folder to folder_known. InputError and what
-    the disk says end the program with one line and exit code 2; Ctrl-C with exit code 130. Both say how to continue."""
+    """main(args, folder_known) with the command line's arguments; main tells its run folder to folder_known. InputError, what the
+    disk says and lack of memory end the program with one line and exit code 2, Ctrl-C with 130; after the disk's errors and
+    Ctrl-C the line says how to continue."""
     folders = []
     # the thread of tensorboard's writer prints what it raises again in the main thread
     threading.excepthook = lambda seen: isinstance(seen.exc_value, OSError) or threading.__excepthook__(seen)
@@ -58,7 +59,7 @@ def run_script(main, cls) -> None:
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", found):  # CUDA, CPU
             print(f"error: out of memory ({found}): lower the batch sizes or numbers", file=sys.stderr)
             sys.exit(2)
-        command = f"Continue with: python {Path(sys.argv[0]).name} --resume"
+        command = f"Continue with: python {sys.argv[0]} --resume"
         then = f"{command} {folders[0]}" if folders else "Nothing was written."
         if isinstance(error, KeyboardInterrupt):
             print(f"\ninterrupted. {then}", file=sys.stderr)
@@ -215,7 +216,7 @@ class Model:
             self.pipeline, self.vae, self.denoiser = pipeline, pipeline.vae.to(device), getattr(pipeline, self.part).to(device)
             size = self.denoiser.config.sample_size
             self.latent_shape = (self.denoiser.config.in_channels, size, size)  # (channels, height, width)
-            self.empty = self.encode([""])  # (1, rows, width), stays there; a missing tokenizer file shows only now
+            self.empty = self.encode([""])  # (1, rows, width), kept on the device; a missing tokenizer file shows only now
         except Exception as error:  # a broken folder makes the loaders raise many kinds
             raise InputError(f"--model {name}: cannot be loaded ({error})") from None
         self.set_scheduler()
@@ -301,7 +302,8 @@ class Model:
         return self.pipeline.image_processor.postprocess(pictures, output_type="pil")
 
     def timesteps(self, steps: int) -> list:
-        """The scheduler's timesteps, noisy to clean. InputError where the stock DDIM step would mistake the next one."""
+        """Set the scheduler to `steps` steps; its timesteps, noisy to clean. InputError for as many as in training, or where the
+        stock DDIM step would mistake the next one."""
         if steps >= self.train_timesteps:
             raise InputError(f"--steps {steps}: must be below the model's {self.train_timesteps} training steps")
         self.pipeline.scheduler.set_timesteps(steps)
@@ -438,7 +440,7 @@ def derived_seed(*key: int | str) -> int:
 
 
 def check_output(output: str, resume: str) -> None:
-    """InputError if --output exists already (unless the run is resumed) or cannot be made."""
+    """InputError if --output holds anything already (unless the run is resumed) or cannot be made."""
     if resume:
         return
     path = Path(output)

@@ -5,13 +5,13 @@ Notation  x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1 (of a flow,
           p the model that is sampled; r(x, c) the reward; M samples a prompt, of which a rule accepts some: sample i with
           probability A(x_i), non-decreasing in r.
 Equations (1) accepted samples follow  argmax_q  E_q[rhat] - KL(q || p)  with  rhat(x) = log E[A | X = x]: the rule is the regulariser
-          (2) K best of M:  rhat = log sum_{j<K} C(M-1, j) U^(M-1-j) (1-U)^j,  U = P(r(X') <= r(x)), ties broken at random
+          (2) K best of M:  rhat = log sum_{j<K} C(M-1, j) U^(M-1-j) (1-U)^j,  U = P(r(X') <= r(x)), X' ~ p, ties broken at random
           (3) KL(accepted || p) = integral_0^1 f log f du,  f = (M/K) exp(rhat);  K = 1: log M - (M-1)/M;  better of a pair: M = 2
           (4) loss  E |prediction(x_t, t, c) - target|^2,  target eps, or v = alpha_t eps - sigma_t x_0;  of a flow eps - x_0
-          (5) step to the next level: x' = alpha' x_0 + sqrt(sigma'^2 - std^2) eps + std w,  x_0 and eps as predicted,  w ~ N(0, I),
+          (5) step to the next level ('): x' = alpha' x_0 + sqrt(sigma'^2 - std^2) eps + std w,  x_0 and eps as predicted,  w ~ N(0, I),
               std = eta sigma' / sigma sqrt(sigma^2 - (alpha sigma' / alpha')^2):  DDIM; of a flow eta 0 is Euler's step
 Choices that the paper leaves open: a LoRA is tuned; groups in which no reward differs are skipped by the rules that rank;
-with guidance w > 1 the loss is on the guided prediction, because that is what samples (README, "Guidance").
+with --guidance > 1 the loss is on the guided prediction, because that is what samples (README, "Guidance").
 """
 
 import math
@@ -28,7 +28,7 @@ from common import DTYPES, ROOT, InputError, Model, derived_seed
 from rewards import average_hash, check_rule, diversity, image_statistics, read_task, schedule_prompts, score
 
 RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
-DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3 (the stock call's own)
+DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3; steps and guidance as in the stock call
     "steps": (10, 50, 50, 28),
     "guidance": (1.0, 7.5, 5.0, 7.0),
     "eta": (1.0, 1.0, 1.0, 0.0),
@@ -43,6 +43,7 @@ LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**6)) | {"top_k": (1, "samples"), "st
 LIMITS |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**4), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
 LIMITS |= {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6), "rounds": (1, 10**4), "samples": (1, 10**4), "lora_rank": (1, 1024)}
 CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none")}
+SHOWN = 24  # pictures that are kept whole, for grid.png: six prompts x 4
 
 
 @dataclass
@@ -195,7 +196,7 @@ def training_target(x_0, noise, alpha_t, sigma_t, prediction_type):
 
 
 def guided_prediction(model, x, t, text, guidance):
-    """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: (batch, tokens, width)."""
+    """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: (batch, rows, width)."""
     if guidance == 1:
         return model.predict(x, t, text)
     text = torch.cat([model.empty.expand_as(text), text])
@@ -250,7 +251,7 @@ def sample_and_score(model, rewards, prompts, seeds, args, label):
         images = model.decode(x_0, label)
         latents.append(x_0.cpu())
         scores.append(score(rewards, images, prompts[part]) | image_statistics(images))
-        pictures += [p if i + j < 24 else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
+        pictures += [p if i + j < SHOWN else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
     return torch.cat(latents), {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, pictures
 
 
@@ -258,7 +259,7 @@ def sample_and_score(model, rewards, prompts, seeds, args, label):
 
 
 def denoising_loss(model, x_0, text, t, noise, guidance):
-    """Equation (4), mean over everything. x_0, noise: (batch, c, h, w), text: (batch, tokens, width), t: (batch,)."""
+    """Equation (4), mean over everything. x_0, noise: (batch, c, h, w), text: (batch, rows, width), t: (batch,)."""
     alpha, sigma = model.alpha_sigma(t)
     x_t, target = training_target(x_0, noise, alpha, sigma, model.prediction_type)
     return (guided_prediction(model, x_t, t, text, guidance) - target).square().mean()
@@ -275,14 +276,14 @@ def evaluate(model, rewards, prompts, args, label):
     _, scores, pictures = sample_and_score(model, rewards, repeated, seeds, args, label)
     means = {name: values.view(-1, n).mean(1) for name, values in scores.items()}
     means["diversity"] = torch.tensor([diversity(pictures[i * n : i * n + n]) for i in range(len(prompts))])
-    return means, pictures[:24]
+    return means, pictures[:SHOWN]
 
 
 # ================================================================ the run
 
 
 def prepare(args):
-    """Check every argument before any model loads and fill in what was left out.
+    """Fill in what was left out, check all that needs no diffusion model, then load the rewards that are models.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
     common.complete(args, DEFAULTS, LIMITS, CHOICES)
     check_rule(args)
@@ -301,12 +302,13 @@ def shard_of(text):
 
 
 def main(args, folder_known):
+    """One run. folder_known(folder) is called as soon as there is a run folder, so that an interruption can say how to continue."""
     prompts, held_out, rewards = prepare(args)
     schedule, shard = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed), shard_of(args.shard)
     if not schedule[0][shard]:
         raise InputError(f"--shard {args.shard}: a round has only {len(schedule[0])} prompts; take fewer shards")
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
-    model.timesteps(args.steps)
+    model.timesteps(args.steps)  # only to refuse numbers of steps that the sampler cannot take
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     if args.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
@@ -346,9 +348,9 @@ def main(args, folder_known):
         if len(state["accepted"]) == r:  # not so if the run was stopped after it had accepted
             # ---------------------------------------------------- SAMPLE, SCORE
             start = time.perf_counter()
-            chosen = torch.tensor(schedule[r])[mine].repeat_interleave(args.samples)  # (prompts x samples,)
+            ids = torch.tensor(schedule[r])[mine].repeat_interleave(args.samples)  # (prompts x samples,)
             seeds = [derived_seed(args.seed, r, i, j) for i in schedule[r][shard] for j in range(args.samples)]
-            asked = [prompts[i] for i in chosen]
+            asked = [prompts[i] for i in ids]
             with model.lora_off() if args.reference == "base" else model.lora_merged():
                 latents, scores, pictures = sample_and_score(model, rewards[:1], asked, seeds, args, f"sample {r + 1}")
             speed = f"{len(seeds) / (time.perf_counter() - start):.0f} pictures/s, "
@@ -370,7 +372,7 @@ def main(args, folder_known):
             if len(index) == 0:
                 share = f"{flat.double().mean():.0%} of the groups had equal rewards, the best reward was {reward.max():.4g}"
                 raise InputError(f"--rule {args.rule} accepted nothing: {share}; raise --samples or take another reward")
-            accepted = {"latents": latents[index], "prompt": chosen[index], "sample": index % args.samples}
+            accepted = {"latents": latents[index], "prompt": ids[index], "sample": index % args.samples}
             state["accepted"].append(accepted | {"reward": reward[index]})
             spread = [diversity(pictures[i : i + args.samples]) for i in range(0, len(pictures), args.samples)]
             row = {"round": r + 1, "reward_sampled": reward.mean().item(), "reward_accepted": reward[index].mean().item()}
@@ -391,7 +393,7 @@ def main(args, folder_known):
         # -------------------------------------------------------- UPDATE
         kept = state["accepted"] if args.accumulate else state["accepted"][-1:]
         data = torch.cat([a["latents"] for a in kept])  # (n, c, h, w)
-        about = torch.cat([a["prompt"] for a in kept])  # (n,) indices of prompts
+        ids_kept = torch.cat([a["prompt"] for a in kept])  # (n,) indices of prompts
         generator = torch.Generator().manual_seed(derived_seed(args.seed, "update", r))
         epochs = math.ceil(args.updates * args.batch / len(data))
         order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(epochs)])
@@ -402,7 +404,7 @@ def main(args, folder_known):
             noise = torch.randn(x_0.shape, generator=generator).to(args.device)
             t = model.draw_timesteps(args.batch, generator).to(args.device)  # (batch,)
             drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout
-            text = model.encode(["" if d else prompts[i] for d, i in zip(drop, about[index])])  # (batch, tokens, width)
+            text = model.encode(["" if d else prompts[i] for d, i in zip(drop, ids_kept[index])])  # (batch, rows, width)
             losses.append(0.0)
             for part in torch.arange(args.batch).split(args.micro_batch):
                 with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
@@ -412,7 +414,8 @@ def main(args, folder_known):
                 losses[-1] += loss.item() * len(part) / args.batch
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-            if not (math.isfinite(losses[-1]) and (math.isfinite(norm) or scaler.get_scale() > 1)):  # float16: scale and retry
+            # float16: an infinite gradient is no error while the scale can fall; scaler.step skips the update
+            if not (math.isfinite(losses[-1]) and (math.isfinite(norm) or scaler.get_scale() > 1)):
                 found = f"round {r + 1}, update {update + 1}: loss {losses[-1]}, gradient norm {norm}"
                 raise InputError(f"{found}; lower --lr or use --dtype float32 or bfloat16")
             scaler.step(optimizer)

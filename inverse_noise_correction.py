@@ -90,7 +90,7 @@ class Args:
 
     features: str = ""  # shapes (embedded pictures), pixels (means over 8 x 8 fields) or inception (needs torch-fidelity)
     eval_pictures: int = 4000  # pictures per row of the table
-    eval_steps: str = ""  # steps of the base alone; left out: N, as many as the corrected sampler's FLOPs buy, 2N, 4N
+    eval_steps: str = ""  # steps of the base alone, beside N; left out: as many as the corrected sampler's FLOPs buy, 2N, 4N
     eval_powers: str = "0.7,1.4"  # other grids on which the base is shown, with as many steps as the corrected FLOPs buy
     eval_corrector_steps: str = "2,8"  # other M with which the corrector is shown
     longer: bool = True  # control: train the base on for as many FLOPs as inversion and corrector took
@@ -298,7 +298,7 @@ def invert_pictures(flow, pictures, sigmas, args, folder):
             worst = torch.stack([p["contraction"] for p in parts]).nanmean(0)
             raise InputError(
                 f"{failed} of the first {min(i + args.sample_batch, len(pictures))} pictures could not be inverted (median contraction "
-                f"of the steps {', '.join(f'{c:.2f}' for c in worst)}; it must be below 1, better below 0.5): use more --steps, "
+                f"of the steps {', '.join(f'{c:.2f}' for c in worst)}; the smaller the better, with --memory 0 below 1): use more --steps, "
                 f"more --data_noise, a --grid_power above 1 or more --max_iterations"
             )
     joined = {name: torch.cat([part[name] for part in parts]) for name in ("noise", "error", "residual")}
@@ -312,10 +312,14 @@ def invert_pictures(flow, pictures, sigmas, args, folder):
     return joined["noise"], report
 
 
-def train_corrector(corrector, kept, known, args, state, save):
-    """Fit equation (3) to the noises known (n, *shape); the network ends with the averaged weights whose loss on the noises kept
+def train_corrector(corrector, held, learnt_from, args, state, save):
+    """Fit equation (3) to the noises learnt_from (n, *shape); the network ends with the averaged weights whose loss on the noises held
     (m, *shape) was least. state: {} or what save() stored. Returns the floating-point operations."""
-    network, kept, known = corrector.network, corrector.standardise(kept), corrector.standardise(known)  # from here on w
+    network, held, learnt_from = (
+        corrector.network,
+        corrector.standardise(held),
+        corrector.standardise(learnt_from),
+    )  # from here on w
 
     def loss_of(w, generator):
         eps = torch.randn(w.shape, generator=generator).to(args.device)
@@ -324,21 +328,23 @@ def train_corrector(corrector, kept, known, args, state, save):
         return (corrector.velocity(y, t) - target).square().mean()
 
     def loss(generator):
-        return loss_of(known[torch.randint(len(known), (args.batch,), generator=generator)], generator)
+        return loss_of(learnt_from[torch.randint(len(learnt_from), (args.batch,), generator=generator)], generator)
 
     @torch.no_grad()
     def held_out():
         generator = torch.Generator().manual_seed(derived_seed("held out"))
-        parts = kept.repeat(4, 1, 1, 1).split(args.sample_batch)  # four draws of eps and t for each
-        return sum(loss_of(part, generator).item() * len(part) for part in parts) / (4 * len(kept))
+        parts = held.repeat(4, 1, 1, 1).split(args.sample_batch)  # four draws of eps and t for each
+        return sum(loss_of(part, generator).item() * len(part) for part in parts) / (4 * len(held))
 
     if not state:
         state.update(best=held_out(), final=copy.deepcopy(network.state_dict()))
+        # identity: the loss of u = 0, which leaves eps as it is, the scale-only or Gaussian control
         state["rows"] = [{"update": 0, "loss": math.nan, "held_out": state["best"], "identity": state["best"]}]
     flops = args.updates * flows.update_flops(network, loss)
+    # fit stops every checkpoint_every updates, with the averaged weights in the network and what a resumed run needs in state
     for update in fit(network, loss, args.updates, args.lr, (args.seed, "corrector"), state, args.checkpoint_every):
         score, recent = held_out(), state["losses"][state["rows"][-1]["update"] :]
-        if not score >= state["best"]:
+        if score < state["best"]:
             state.update(best=score, final=copy.deepcopy(network.state_dict()))
         row = {"update": update, "loss": sum(recent) / len(recent), "held_out": score}
         state["rows"].append(state["rows"][0] | row)
@@ -395,6 +401,8 @@ def prepare(args):
 
 def main(args, folder_known):
     shape, files, lists = prepare(args)
+    # each (n, c, h, w): "invert" to learn from, "train" for --train_base and --longer, "reference" for the Frechet distance,
+    # "floor": other pictures, whose distance from the reference is what perfect samples would have
     pictures = flow_data.load_pictures(args, shape, files)
     features = frechet_features(args.features, args.device, args.sample_batch)
     torch.manual_seed(args.seed)
@@ -424,8 +432,8 @@ def main(args, folder_known):
         print(f"  base       trained, loss {np.mean(trained['losses'][-200:]):.4f}", flush=True)
 
     # ------------------------------------------------------------ INVERT
-    eps = torch.zeros(1, *shape).to(args.device)
-    call = count_flops(lambda: flow.velocity(eps, sigmas[:1]))
+    one = torch.zeros(1, *shape).to(args.device)  # a picture, to count operations
+    call = count_flops(lambda: flow.velocity(one, sigmas[:1]))  # FLOPs of a model call
     noises, report = invert_pictures(flow, pictures["invert"], sigmas, args, folder)
     report["flops"] = report["calls"] * call
     contraction = ", ".join(f"{c:.2f}" for c in report["contraction"])
@@ -434,10 +442,10 @@ def main(args, folder_known):
 
     # ------------------------------------------------------------ CORRECT
     count = max(10, round(args.held_out * len(noises)))
-    kept, known = noises[:count].to(args.device), noises[count:].to(args.device)
-    scale = known.square().mean().sqrt().item()
-    law = gaussian_of(known) if math.prod(shape) <= MOST_COVARIANCE else {}
-    enough = law and len(known) >= 10 * math.prod(shape)
+    held, learnt_from = noises[:count].to(args.device), noises[count:].to(args.device)
+    scale = learnt_from.square().mean().sqrt().item()
+    law = gaussian_of(learnt_from) if math.prod(shape) <= MOST_COVARIANCE else {}
+    enough = law and len(learnt_from) >= 10 * math.prod(shape)
     args.normalise = args.normalise or ("gaussian" if enough else "scale")
     settings = {"model_hash": flows.model_hash(flow.network), "steps": args.steps, "grid_power": args.grid_power}
     settings |= {"sigmas": sigmas.tolist(), "timesteps": flow.scheduler.timesteps.tolist(), "scale": scale}
@@ -453,7 +461,7 @@ def main(args, folder_known):
         writer.flush()
         checkpoint()
 
-    cost = {"inversion": report["flops"], "corrector": train_corrector(corrector, kept, known, args, learnt, log)}
+    cost = {"inversion": report["flops"], "corrector": train_corrector(corrector, held, learnt_from, args, learnt, log)}
     writer.close()
     corrector.save(folder / "corrector")
     best, identity = learnt["best"], learnt["rows"][0]["held_out"]
@@ -471,19 +479,20 @@ def main(args, folder_known):
     # ------------------------------------------------------------ EVALUATE
     reference = features(pictures["reference"])
     floor = frechet_distance(reference, features(pictures["floor"]))
-    n, corrected = args.steps, count_flops(lambda: euler_sample(flow.velocity, corrector(eps), sigmas))
+    n, corrected = args.steps, count_flops(lambda: euler_sample(flow.velocity, corrector(one), sigmas))  # of a sample
     matched = math.ceil(corrected / call)  # steps of the base that cost as much as a corrected sample, or a little more
     steps = sorted({n, *(lists["eval_steps"] or (matched, 2 * n, 4 * n))})
     starts = {"scale only": lambda eps: scale * eps}
     if law:
         gaussian = Corrector(None, settings, law)
-        norms = gaussian.standardise(known).flatten(1).norm(dim=1)  # (n,)
+        norms = gaussian.standardise(learnt_from).flatten(1).norm(dim=1)  # (n,)
         starts["gaussian"] = gaussian.destandardise
         starts["gaussian, norms matched"] = lambda eps: gaussian.destandardise(match_norms(eps, norms))
     starts["corrector"] = corrector
     for m in lists["eval_corrector_steps"]:
         starts[f"corrector, M = {m}"] = lambda eps, m=m: corrector(eps, m)
-    # (row, flow, steps, grid power, what makes the initial noise of eps)
+    # (row, flow, steps, grid power, what makes the initial noise of eps); --grid_power is of the grid of N steps, the base's other
+    # numbers of steps are even ones, the base trained on always has --grid_power
     arms = [("base", flow, k, args.grid_power if k == n else 1.0, torch.clone) for k in steps]
     arms += [(f"base, grid power {power:g}", flow, matched, power, torch.clone) for power in lists["eval_powers"]]
     if args.longer:
@@ -495,22 +504,24 @@ def main(args, folder_known):
         checkpoint()
 
     # ------------------------------------------------------------ SHOW
-    laws = {"inverted": noises, "standard": draw_noise([derived_seed("statistics", i) for i in range(len(noises))], shape)}
-    parts = [part.to(args.device) for part in laws["standard"].split(args.sample_batch)]
-    laws |= {name: torch.cat([starts[name](part).cpu() for part in parts]) for name in MAIN_ARMS[2:] if name in starts}
+    drawn = {"inverted": noises, "standard": draw_noise([derived_seed("statistics", i) for i in range(len(noises))], shape)}
+    parts = [part.to(args.device) for part in drawn["standard"].split(args.sample_batch)]
+    drawn |= {
+        name: torch.cat([starts[name](part).cpu() for part in parts]) for name in ("gaussian", "corrector") if name in starts
+    }
     checkpoint()
     rows = state["rows"]
     results = {"table": [{k: row[k] for k in ("arm", "steps", "fd", "flops")} for row in rows], "floor": floor}
     results |= {"steps": n, "matched_steps": matched, "inversion": report, "scale": scale, "training_flops": cost}
     results["corrector"] = {"held_out": best, "identity": identity, "flops": corrected - n * call}
-    results["noise"] = {name: noise_statistics(z) for name, z in laws.items()}
+    results["noise"] = {name: noise_statistics(z) for name, z in drawn.items()}
     results["seconds"] = {"total": state["seconds"], "per_picture": [row["seconds"] for row in rows]}
     common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
     show.save_frechet_curve(folder / "curve.png", results["table"], floor)
-    show.save_noises(folder / "noise.png", laws, results["noise"])
+    show.save_noises(folder / "noise.png", drawn, results["noise"])
     strips = {"data": pictures["floor"][:SHOWN]}
     strips |= {f"{row['arm']}, {row['steps']} steps": row["pictures"] for row in rows if row["arm"] in MAIN_ARMS}
-    show.save_strips(folder / "grid.png", strips | {f"noise: {name}": z[:SHOWN] / 3 for name, z in laws.items()})
+    show.save_strips(folder / "grid.png", strips | {f"noise: {name}": z[:SHOWN] / 3 for name, z in drawn.items()})
     show.print_correction(results)
     files = "corrector/, results.json, metrics.csv, curve.png, grid.png, noise.png"
     print(f"\n{state['seconds']:.0f} s. In {folder}: {files}. To use the corrector:\n")

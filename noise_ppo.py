@@ -5,7 +5,7 @@ Notation  c the prompt; z the initial noise (a latent of D numbers); x(z, c) the
           the reward; policy pi(z | c) = N(mu(c), diag sigma(c)^2); rho = pi(z | c) / pi_old(z | c); A the advantage; eps ~ N(0, I).
 Equations (1) z = mu(c) + sigma(c) eps                    at the start mu = 0, sigma = 1: exactly the standard noise
           (2) log pi(z | c) = sum or mean over D of  -((z - mu) / sigma)^2 / 2 - log sigma - log(2 pi) / 2
-          (3) A = (r - mean of r over the prompt's pictures) / standard deviation over the batch
+          (3) A = a / root mean square of a over the batch,  a = r - mean of r over the prompt's pictures
           (4) loss  -E min(rho A, clip(rho, 1 - delta, 1 + delta) A) + beta KL
           (5) KL(pi || N(0, I)) = sum over D of  (mu^2 + sigma^2 - 1 - log sigma^2) / 2
 Choices that the paper leaves open: log pi and KL are both means over D (--reduction sum: both sums; the gradient at rho = 1 is the
@@ -75,7 +75,9 @@ class Args:
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
     eval_samples: int = 4  # pictures per held-out prompt
     eval_every: int = 10  # iterations between evaluations at --steps; 0: only before and after
-    eval_steps: str = "4,5,10,20,40"  # numbers of steps of the final evaluation
+    eval_steps: str = (
+        "4,5,10,20,40"  # numbers of steps of the final evaluation, beside --steps; they must divide as --steps must
+    )
     controls: bool = True  # evaluate s eps and the policy's mean over prompts too; --no-controls: save the time
 
     steps: int = 4  # steps while training; must divide the training steps of SD 1.x, 2.x and XL
@@ -91,7 +93,7 @@ class Args:
     iterations: int = 60  # times to sample and update
     prompts_per_iteration: int = 64  # prompts sampled in an iteration, none twice
     samples: int = 8  # pictures per prompt, whose mean reward is the baseline
-    normalise: str = "batch"  # standard deviation that divides the advantage: batch, prompt or none
+    normalise: str = "batch"  # over what the root mean square that divides the advantage is taken: batch, prompt or none
     epochs: int = 2  # passes over an iteration's pictures
     minibatch: int = 256  # pictures per optimiser update
     clip: float | None = None  # delta of equation (4), in keeping with the latent's size (1e-3; other models 1e-4)
@@ -170,7 +172,7 @@ class NoisePolicy(torch.nn.Module):
         channels, *self.size = latent_shape
         self.latent_shape = tuple(latent_shape)
         self.grid = [min(grid, side) for side in self.size]
-        self.conditional, self.on = policy == "conditional", (not std_only, not mean_only)
+        self.conditional, self.learn_mean, self.learn_std = policy == "conditional", not std_only, not mean_only
         self.register_buffer("centre", torch.zeros(tokens, width))
         self.register_buffer("scale", torch.ones(tokens, width))
         self.body = torch.nn.Sequential()
@@ -190,7 +192,7 @@ class NoisePolicy(torch.nn.Module):
         features = (text.float() - self.centre) * self.scale * self.conditional  # (batch, tokens, width)
         coarse = self.head(self.body(features.flatten(1))).unflatten(1, (-1, *self.grid))  # (batch, 2 channels, grid, grid)
         mean, log_std = torch.nn.functional.interpolate(coarse, self.size, mode="bilinear").chunk(2, 1)
-        return mean * self.on[0], log_std * self.on[1]
+        return mean * self.learn_mean, log_std * self.learn_std
 
     @torch.no_grad()
     def sample(self, prompt, generator=None):

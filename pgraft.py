@@ -6,20 +6,22 @@ Notation  x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1 (of a flow,
           probability A(x_i), non-decreasing in r;
           s the switch: the tuned model denoises the levels t > s, the base model the rest.
 Equations (1) accepted states follow  argmax_q  E_q[rhat] - KL(q || p), laws of x_s,  with  rhat(x_s) = log E[A | X_s = x_s]
-          (2) K best of M:  rhat = log sum_{j<K} C(M-1, j) U^(M-1-j) (1-U)^j,  U = P(r(X') <= r(x)), ties broken at random
+          (2) K best of M:  rhat = log sum_{j<K} C(M-1, j) U^(M-1-j) (1-U)^j,  U = P(r(X') <= r(x)), X' ~ p, ties broken at random
           (3) KL(accepted || p) = integral_0^1 f log f du,  f = (M/K) exp(rhat);  K = 1: log M - (M-1)/M;  better of a pair: M = 2
               (of the pictures; that of the states x_s is at most this)
-          (4) loss  E (b / sigma_t)^2 |prediction(x_t, t, c) - target|^2,  t > s;  the weight bounds the target's variance, 1 / b^2
-          (5) x_t = a x_s + b eps',  a = alpha_t / alpha_s,  b^2 = sigma_t^2 - a^2 sigma_s^2
+          (4) loss  E (b / sigma_t)^2 |prediction(x_t, t, c) - target|^2,  t > s;  the target's variance grows as 1 / b^2 towards s,
+              the weight evens that out
+          (5) x_t = a x_s + b eps',  a = alpha_t / alpha_s,  b^2 = sigma_t^2 - a^2 sigma_s^2,  eps' ~ N(0, I) independent of x_s
           (6) target of eps: sigma_t eps' / b;  of v: sigma_t (eps' a / b - x_s) / alpha_s;  of a flow's velocity, eps - x_0:
               eps' (sigma_t + alpha_t (sigma_s / alpha_s)^2) / b - x_s / alpha_s.  E[target | x_t] is the prediction wanted at x_t
           (7) V(t) = E[Var(r | X_t, c)] / E[Var(r | c)], the share of the reward's variance that x_t does not determine
-          (8) step to the next level: x' = alpha' x_0 + sqrt(sigma'^2 - std^2) eps + std w,  x_0 and eps as predicted,  w ~ N(0, I),
+          (8) step to the next level ('): x' = alpha' x_0 + sqrt(sigma'^2 - std^2) eps + std w,  x_0 and eps as predicted,  w ~ N(0, I),
               std = eta sigma' / sigma sqrt(sigma^2 - (alpha sigma' / alpha')^2):  DDIM; of a flow eta 0 is Euler's step
 Choices that the paper leaves open: a LoRA is tuned; groups in which no reward differs are skipped by the rules that rank;
-with guidance w > 1 the loss is on the guided prediction, because that is what samples (README, "Guidance"); `--data x0`: if the
-sampler were exact, the accepted x_0 noised to s would have the law of the accepted x_s, so x_0 is the data in (4) to (6)
-(alpha_s = 1, sigma_s = 0, but still t > s), with far less variance (README, "P-GRAFT").
+with --guidance > 1 the loss is on the guided prediction, because that is what samples (README, "Guidance").
+Deviation from the paper, whose data are the accepted x_s (--data xs): by default (--data x0) the data in (4) to (6) are the
+accepted x_0 (then alpha_s = 1, sigma_s = 0 there, but t stays above the switch). If the sampler were exact, x_0 noised to s
+would have the law of x_s: the same minimiser, with far less variance in the target (README, "P-GRAFT").
 """
 
 import json
@@ -38,7 +40,9 @@ from common import DTYPES, ROOT, InputError, Model, derived_seed
 from rewards import average_hash, check_rule, diversity, image_statistics, read_task, schedule_prompts, score
 
 RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
-DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3 (the stock call's own, but eta: a flow's probe needs some)
+# settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3; steps and guidance as in the stock call; eta: the probe
+# of a flow needs some
+DEFAULTS = {
     "steps": (10, 50, 50, 28),
     "guidance": (1.0, 7.5, 5.0, 7.0),
     "eta": (1.0, 1.0, 1.0, 0.5),
@@ -54,6 +58,7 @@ LIMITS |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**4), "eval_every"
 LIMITS |= {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6), "rounds": (1, 10**4), "samples": (1, 10**4), "lora_rank": (1, 1024)}
 LIMITS |= {"probe_restarts": (2, 10**4), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
 CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none"), "data": ("x0", "xs")}
+SHOWN = 24  # pictures that are kept whole, for grid.png: six prompts x 4
 
 
 @dataclass
@@ -252,7 +257,7 @@ def switch_step(timesteps, switch_timestep):
 
 
 def guided_prediction(model, x, t, text, guidance):
-    """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: (batch, tokens, width)."""
+    """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: (batch, rows, width)."""
     if guidance == 1:
         return model.predict(x, t, text)
     text = torch.cat([model.empty.expand_as(text), text])
@@ -295,28 +300,28 @@ def denoise(model, x, levels, noise, text, guidance, eta):
     return x
 
 
-def sample(model, noise, text, guidance, eta, switch, tuned=True):
-    """The tuned model (the base, without `tuned`) takes the first `switch` steps, the base model the rest.
+def sample(model, noise, text, guidance, eta, switch_at, tuned=True):
+    """The tuned model (the base, without `tuned`) takes the first `switch_at` steps, the base model the rest.
     noise: (steps + 1, batch, c, h, w) -> (x_s at the switch, x_0), each (batch, c, h, w): no other state is kept."""
     levels = [*model.timesteps(len(noise) - 1), -1]
     with model.lora_merged() if tuned else model.lora_off():
-        x_s = denoise(model, noise[0], levels[: switch + 1], noise[1 : switch + 1], text, guidance, eta)
+        x_s = denoise(model, noise[0], levels[: switch_at + 1], noise[1 : switch_at + 1], text, guidance, eta)
     with model.lora_off():
-        return x_s, denoise(model, x_s, levels[switch:], noise[switch + 1 :], text, guidance, eta)
+        return x_s, denoise(model, x_s, levels[switch_at:], noise[switch_at + 1 :], text, guidance, eta)
 
 
-def sample_and_score(model, rewards, prompts, seeds, args, switch, tuned, label):
+def sample_and_score(model, rewards, prompts, seeds, args, switch_at, tuned, label):
     """Pictures of the prompts (n) with the seeds (n), a batch at a time. Returns (x_s, x_0), each (n, c, h, w),
     {reward or statistic: (n,)}, and the pictures, all but the first 24 at most 64 x 64 pixels."""
     latents, scores, pictures = [], [], []
     for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
         part = slice(i, i + args.sample_batch)
         noise = draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)
-        x_s, x_0 = sample(model, noise, model.encode(prompts[part]), args.guidance, args.eta, switch, tuned)
+        x_s, x_0 = sample(model, noise, model.encode(prompts[part]), args.guidance, args.eta, switch_at, tuned)
         images = model.decode(x_0, label)
         latents.append((x_s.cpu(), x_0.cpu()))
         scores.append(score(rewards, images, prompts[part]) | image_statistics(images))
-        pictures += [p if i + j < 24 else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
+        pictures += [p if i + j < SHOWN else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
     scores = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
     return [torch.cat(part) for part in zip(*latents)], scores, pictures
 
@@ -325,14 +330,15 @@ def sample_and_score(model, rewards, prompts, seeds, args, switch, tuned, label)
 
 
 def probe(model, reward, prompts, args):
-    """V(t), equation (7), of the base model at up to nine levels between noise and picture: two trajectories a prompt are
-    stored at every level, and the sampler is started again from each. Returns rows {step, timestep, switch, unresolved, se}."""
+    """V(t), equation (7), of the base model (the caller's lora_off) at up to nine levels between noise and picture. Two
+    trajectories a prompt are followed; at each level the sampler is started again from their states, with fresh noise.
+    Returns rows {step, timestep, switch, unresolved, se}."""
     model.remember(prompts)
     levels = [*model.timesteps(args.steps), -1]
     steps = sorted({round(i * args.steps / 10) for i in range(1, 10)} - {0, args.steps})
     seeds = [derived_seed(args.seed, "probe", i, j) for i in range(len(prompts)) for j in range(2)]
     asked = [p for p in prompts for _ in range(2)]
-    rewards = torch.zeros(len(steps), args.probe_restarts, len(asked))
+    rewards = torch.zeros(len(steps), args.probe_restarts, len(asked))  # (levels, restarts, prompts x 2)
     for i in tqdm(range(0, len(asked), args.sample_batch), desc="probe", unit="batch", leave=False, mininterval=1):
         part = slice(i, i + args.sample_batch)
         text, noise = model.encode(asked[part]), draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)
@@ -342,7 +348,7 @@ def probe(model, reward, prompts, args):
             before = step
             for j in range(args.probe_restarts):
                 again = [derived_seed(seed, step, j) for seed in seeds[part]]
-                fresh = draw_noise(again, args.steps - step - 1, model.latent_shape, model.dtype)
+                fresh = draw_noise(again, args.steps - step - 1, model.latent_shape, model.dtype)  # a draw for each step left
                 x_0 = denoise(model, x, levels[step:], fresh, text, args.guidance, args.eta)
                 rewards[k, j, part] = reward(model.decode(x_0, "probe"), asked[part])
     rows = []
@@ -415,22 +421,22 @@ def denoising_loss(model, x_s, level_s, text, t, noise, guidance):
 # ================================================================ evaluation
 
 
-def evaluate(model, rewards, prompts, args, switch, tuned, label):
+def evaluate(model, rewards, prompts, args, switch_at, tuned, label):
     """Fixed prompts x fixed seeds. Returns ({metric: (prompts,), the mean over a prompt's pictures}, first 24 pictures)."""
     n = args.eval_samples
     seeds = [derived_seed("eval", i, j) for i in range(len(prompts)) for j in range(n)]
     repeated = [p for p in prompts for _ in range(n)]
-    _, scores, pictures = sample_and_score(model, rewards, repeated, seeds, args, switch, tuned, label)
+    _, scores, pictures = sample_and_score(model, rewards, repeated, seeds, args, switch_at, tuned, label)
     means = {name: values.view(-1, n).mean(1) for name, values in scores.items()}
     means["diversity"] = torch.tensor([diversity(pictures[i * n : i * n + n]) for i in range(len(prompts))])
-    return means, pictures[:24]
+    return means, pictures[:SHOWN]
 
 
 # ================================================================ the run
 
 
 def prepare(args):
-    """Check every argument before any model loads and fill in what was left out.
+    """Fill in what was left out, check all that needs no diffusion model, then load the rewards that are models.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
     common.complete(args, DEFAULTS, LIMITS, CHOICES)
     check_rule(args)
@@ -455,6 +461,7 @@ def prepare(args):
 
 
 def main(args, folder_known):
+    """One run. folder_known(folder) is called as soon as there is a run folder, so that an interruption can say how to continue."""
     prompts, held_out, rewards = prepare(args)
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
     grid = model.timesteps(args.steps)
@@ -473,7 +480,7 @@ def main(args, folder_known):
     folder = common.make_run_folder(args, "pgraft", args.model, args.seed)
     folder_known(folder)
     kl = estimated_kl(torch.zeros(1, args.samples), args.rule, top_k=args.top_k) if args.rule in RANKING else None
-    probed = f"chosen by probing {args.probe_prompts} prompts x 2 states x {args.probe_restarts} restarts at each level"
+    probed = f"chosen by probing {min(args.probe_prompts, len(prompts))} prompts x 2 states x {args.probe_restarts} restarts at each level"
     level = f"  switch     {args.switch if switch else probed}; trained on {args.data} noised to the levels above it\n"
     print(show.describe(f"P-GRAFT -> {folder}", args, model, len(schedule[0]), held_out, kl, level), flush=True)
 
@@ -525,10 +532,10 @@ def main(args, folder_known):
         if len(state["accepted"]) == r:  # not so if the run was stopped after it had accepted
             # ---------------------------------------------------- SAMPLE, SCORE
             start = time.perf_counter()
-            chosen = torch.tensor(schedule[r]).repeat_interleave(args.samples)  # (prompts x samples,)
+            ids = torch.tensor(schedule[r]).repeat_interleave(args.samples)  # (prompts x samples,)
             seeds = [derived_seed(args.seed, r, i, j) for i in schedule[r] for j in range(args.samples)]
-            asked = [prompts[i] for i in chosen]
-            tuned = args.reference == "newest" and r > 0
+            asked = [prompts[i] for i in ids]
+            tuned = args.reference == "newest" and r > 0  # in round 1 the LoRA does nothing yet
             label = f"sample {r + 1}"
             (x_s, x_0), scores, pictures = sample_and_score(model, rewards[:1], asked, seeds, args, switch_at, tuned, label)
             speed = f"{len(seeds) / (time.perf_counter() - start):.0f} pictures/s, "
@@ -548,7 +555,7 @@ def main(args, folder_known):
             if len(index) == 0:
                 share = f"{flat.double().mean():.0%} of the groups had equal rewards, the best reward was {reward.max():.4g}"
                 raise InputError(f"--rule {args.rule} accepted nothing: {share}; raise --samples or take another reward")
-            state["accepted"].append({"x_s": x_s[index], "x_0": x_0[index], "prompt": chosen[index], "reward": reward[index]})
+            state["accepted"].append({"x_s": x_s[index], "x_0": x_0[index], "prompt": ids[index], "reward": reward[index]})
             spread = [diversity(pictures[i : i + args.samples]) for i in range(0, len(pictures), args.samples)]
             row = {"round": r + 1, "reward_sampled": reward.mean().item(), "reward_accepted": reward[index].mean().item()}
             row |= {"acceptance_rate": len(index) / len(reward), "flat_groups": flat.double().mean().item()}
@@ -562,7 +569,7 @@ def main(args, folder_known):
         # -------------------------------------------------------- UPDATE
         kept = state["accepted"] if args.accumulate else state["accepted"][-1:]
         data = torch.cat([a["x_s" if args.data == "xs" else "x_0"] for a in kept])  # (n, c, h, w)
-        about = torch.cat([a["prompt"] for a in kept])  # (n,) indices of prompts
+        ids_kept = torch.cat([a["prompt"] for a in kept])  # (n,) indices of prompts
         generator = torch.Generator().manual_seed(derived_seed(args.seed, "update", r))
         epochs = math.ceil(args.updates * args.batch / len(data))
         order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(epochs)])
@@ -573,7 +580,7 @@ def main(args, folder_known):
             noise = torch.randn(x_s.shape, generator=generator).to(args.device)
             t = model.draw_timesteps(args.batch, generator, switch).to(args.device)  # (batch,)
             drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout
-            text = model.encode(["" if d else prompts[i] for d, i in zip(drop, about[index])])  # (batch, tokens, width)
+            text = model.encode(["" if d else prompts[i] for d, i in zip(drop, ids_kept[index])])  # (batch, rows, width)
             losses.append(0.0)
             for part in torch.arange(args.batch).split(args.micro_batch):
                 with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
@@ -583,7 +590,8 @@ def main(args, folder_known):
                 losses[-1] += loss.item() * len(part) / args.batch
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-            if not (math.isfinite(losses[-1]) and (math.isfinite(norm) or scaler.get_scale() > 1)):  # float16: scale and retry
+            # float16: an infinite gradient is no error while the scale can fall; scaler.step skips the update
+            if not (math.isfinite(losses[-1]) and (math.isfinite(norm) or scaler.get_scale() > 1)):
                 found = f"round {r + 1}, update {update + 1}: loss {losses[-1]}, gradient norm {norm}"
                 raise InputError(f"{found}; lower --lr or use --dtype float32 or bfloat16")
             scaler.step(optimizer)

@@ -402,8 +402,10 @@ def diversity(images: list[Image.Image]) -> float:
 
 
 def average_hash(images: list[Image.Image]) -> torch.Tensor:
-    """(n,) int64 keys that alike pictures share: which of 8 x 8 grey cells are brighter than their mean."""
-    cells = torch.stack([torch.from_numpy(np.asarray(i.convert("L").resize((8, 8)), np.float32)) for i in images]).flatten(1)
+    """(n,) int64 keys that alike pictures share: which of 8 x 8 grey cells are brighter than their mean. From 64 x 64 pixels at
+    most, as most pictures of a run are kept, so that a picture's key does not depend on its place in the run."""
+    small = (i.resize((min(64, i.width), min(64, i.height))).convert("L").resize((8, 8)) for i in images)
+    cells = torch.stack([torch.from_numpy(np.asarray(i, np.float32)) for i in small]).flatten(1)
     return ((cells > cells.mean(1, keepdim=True)).long() << torch.arange(64)).sum(1)
 
 

@@ -1,4 +1,4 @@
-"""All methods and their controls on the embedded model at one budget of model calls, and a policy gradient far beyond it.
+"""All methods with a reward and their controls on the embedded model at one budget of model calls, and a policy gradient far beyond it.
 
 Run: python benchmarks/compare.py            (what benchmarks/results/compare lacks, two runs at a time; then table and figure)
      python benchmarks/compare.py --tables   (only these, from the stored results)
@@ -8,7 +8,8 @@ A run that was stopped goes on where it was (runs/compare/<arm>__<seed>).
 
 A model call is one forward pass for one picture; a training step counts 3, as a backward pass costs about two forward ones.
 Arms are ordinary commands. Their held-out reward is drawn against the pictures that they sampled and scored for training, and
-against the seconds that they took, evaluations and all, but without the evaluation after the last update.
+against the seconds that they took, evaluations and all, but without loading the model and without
+Noise PPO's final evaluation.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from rewards import save_figure  # noqa: E402
 
 RESULTS, QUICK = ROOT / "benchmarks" / "results" / "compare", ROOT / "runs" / "compare_quick"
 METRICS = ("shapes_strict", "shapes_graded", "shapes_fit", "jpeg_compressibility", "diversity")
-# arm: (label, command, what makes the run short for --quick); {run} is the folder of this seed's runs
+# arm: (label, command, what makes the run short for --quick); {run} is the folder of all runs. Pictures, calls and seconds of
+# pgraft_noise_ppo are noise PPO's alone, to which the P-GRAFT run that it starts from adds its own
 ARMS = {
     "none": ("control: GRAFT without selection", "graft.py --rule none", "--rounds 1"),
     "graft": ("GRAFT", "graft.py", "--rounds 1"),
@@ -93,7 +95,7 @@ def cost(script: str, args: dict) -> tuple[int, int]:
         pictures = args["prompts_per_iteration"] * args["samples"]
         return pictures, pictures * args["steps"] * guided
     pictures = args["prompts_per_round"] * args["samples"]
-    if script == "benchmarks/ddpo.py":  # the last step is not random: nothing to train
+    if script == "benchmarks/ddpo.py":  # the embedded model's last step is not random: nothing to train
         return pictures, pictures * guided * (args["steps"] + 3 * args["epochs"] * (args["steps"] - 1))
     return pictures, guided * (pictures * args["steps"] + 3 * args["updates"] * args["batch"])
 

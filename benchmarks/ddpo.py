@@ -6,7 +6,8 @@ Equations (1) x_{k+1} ~ N(m(x_k, c), s_k^2)             a step of the stochastic
           (2) log p(x_{k+1} | x_k, c) = mean over D of  -((x_{k+1} - m) / s_k)^2 / 2 - log s_k - log(2 pi) / 2
           (3) A = (r - mean of r over the prompt's pictures) / (their standard deviation)
           (4) loss  -E min(rho A, clip(rho, 1 - delta, 1 + delta) A),  rho = p_new / p_old of a step, mean over steps and pictures
-A step without noise (s_k = 0: the last one, which ends at the picture) has no density and is left out.
+A last step without noise (s_k = 0: it ends at the clean picture, as in the embedded model and in flows) has no density and is left out.
+Choices: the gradient is clipped to norm 1; advantages are cut off; trajectories, not single steps, are shuffled.
 """
 
 import math
@@ -31,7 +32,7 @@ from rewards import read_task, schedule_prompts, score
 DEFAULTS = graft.DEFAULTS | {"eta": (1.0,) * 4, "lr": (3e-3, 3e-4, 3e-4, 3e-4)}
 SHARED = "rounds prompts_per_round samples guidance sample_batch batch micro_batch lora_rank steps lr eval_samples eval_every seed lora_alpha"
 LIMITS = {name: graft.LIMITS[name] for name in SHARED.split()}
-LIMITS |= {"epochs": (1, 10**9), "eta": (1e-6, 1), "clip": (1e-9, 1e9), "advantage_max": (1e-9, 1e9)}
+LIMITS |= {"epochs": (1, 10**9), "eta": (1e-6, 1), "clip": (1e-9, 1e9), "advantage_max": (1e-9, 1e9), "samples": (2, 10**4)}
 
 
 @dataclass
@@ -144,7 +145,7 @@ def main(args, folder_known):
     pictures = args.rounds * len(schedule[0]) * args.samples
     print(f"""DDPO -> {folder}
   sampling   {args.rounds} rounds x {len(schedule[0])} prompts x {args.samples} = {pictures} pictures, {args.steps} steps, eta {args.eta:g}
-  update     {args.epochs} epochs x {len(schedule[0]) * args.samples // args.batch} updates x {args.batch} trajectories a round, \
+  update     {args.epochs} epochs x {math.ceil(len(schedule[0]) * args.samples / args.batch)} updates x {args.batch} trajectories a round, \
 clip {args.clip:g}, lr {args.lr:g}""")
     model.remember(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
     state = common.load_checkpoint(folder) if args.resume else None

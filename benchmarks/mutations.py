@@ -154,10 +154,13 @@ TABLE = {
     ],
     ("pgraft.py", "switch_step", f"{PGRAFT} -k test_switch_step"): [("t > switch_timestep", "t >= switch_timestep")],
     ("pgraft.py", "sample", f"{PGRAFT} -k composition"): [
-        ("noise[switch + 1 :]", "noise[switch:]"),
-        ("noise[0], levels[: switch + 1], noise[1 : switch + 1]", "noise[0], levels[:switch], noise[1 : switch + 1]"),
+        ("noise[switch_at + 1 :]", "noise[switch_at:]"),
+        (
+            "noise[0], levels[: switch_at + 1], noise[1 : switch_at + 1]",
+            "noise[0], levels[:switch_at], noise[1 : switch_at + 1]",
+        ),
         ("model.lora_merged() if tuned else model.lora_off()", "model.lora_off()"),
-        ("return x_s, denoise(model, x_s, levels[switch:]", "return x_s, denoise(model, noise[0], levels[switch:]"),
+        ("return x_s, denoise(model, x_s, levels[switch_at:]", "return x_s, denoise(model, noise[0], levels[switch_at:]"),
     ],
     ("pgraft.py", "denoise", f"{PGRAFT} -k without_the_tuned_model"): [
         ("(x - sigma * prediction) / alpha, prediction", "x - sigma * prediction, prediction"),
@@ -209,7 +212,7 @@ TABLE = {
     ("noise_ppo.py", "explained_variance", f"{NOISE} -k explained_variance"): [("* samples / (samples - 1)", "")],
     ("noise_ppo.py", "NoisePolicy.forward", f"{NOISE} -k 'standardised_text or options_say'"): [
         ("- self.centre) * self.scale", "- self.centre)"),
-        ("log_std * self.on[1]", "log_std * self.on[0]"),
+        ("log_std * self.learn_std", "log_std * self.learn_mean"),
     ],
     ("noise_ppo.py", "denoise", f"{NOISE} -k 'equals_stock and 4'"): [
         ("(x - sigma * prediction) / alpha, prediction", "x - sigma * prediction, prediction"),
@@ -285,7 +288,7 @@ TABLE = {
         ("(1 - level) * x + level * eps", "level * x + (1 - level) * eps"),
     ],
     ("inverse_noise_correction.py", "train_corrector", f"{INVERSE} -k best_held_out"): [
-        ('if not score >= state["best"]', 'if not score <= state["best"]'),
+        ('if score < state["best"]', 'if score > state["best"]'),
     ],
     # ------------------------------------------------------------ shared
     ("common.py", "Model.alpha_sigma", TWO_STEPS): [
