@@ -138,5 +138,5 @@ def test_disk_error_while_writing(script, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "write_atomically", full)
     code, _, error = run_inside(faults.arguments(script), script)
     error = error.split("\r")[-1]
-    assert_one_line(code, error, f"Continue with: python {script} --resume run")
+    assert_one_line(code, error, f"{script} --resume run")
     assert "No space left on device: make room" in error
