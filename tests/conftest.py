@@ -40,6 +40,7 @@ PROMPTS = [
     "a blue square below a red square",
 ]
 SEEDS = [11, 12, 13]
+torch.set_num_threads(1)  # the tests run in two processes
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # what the stock loader must be given then
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
