@@ -75,9 +75,7 @@ class Args:
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
     eval_samples: int = 4  # pictures per held-out prompt
     eval_every: int = 10  # iterations between evaluations at --steps; 0: only before and after
-    eval_steps: str = (
-        "4,5,10,20,40"  # numbers of steps of the final evaluation, beside --steps; they must divide as --steps must
-    )
+    eval_steps: str = "4,5,10,20,40"  # numbers of steps of the final evaluation, beside --steps; to divide as --steps does
     controls: bool = True  # evaluate s eps and the policy's mean over prompts too; --no-controls: save the time
 
     steps: int = 4  # steps while training; must divide the training steps of SD 1.x, 2.x and XL

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from rewards import save_figure  # noqa: E402
 
 RESULTS, QUICK = ROOT / "benchmarks" / "results" / "compare", ROOT / "runs" / "compare_quick"
+COSTS = ("pictures", "calls", "seconds")
 METRICS = ("shapes_strict", "shapes_graded", "shapes_fit", "jpeg_compressibility", "diversity")
 # arm: (label, command, what makes the run short for --quick); {run} is the folder of all runs. Pictures, calls and seconds of
 # pgraft_noise_ppo are noise PPO's alone, to which the P-GRAFT run that it starts from adds its own
@@ -172,7 +173,7 @@ def table(results: Path) -> str:
     lines.append(line("base", "", "", "", "", *(f"{base[name][0]:.3f}" for name in METRICS)))
     for row in json.loads((ROOT / "benchmarks" / "results" / "base.json").read_text())["rows"]:
         if row.get("best_of", 1) > 1 and "held_out shapes_strict" in row:
-            label, calls = f"best of {row['best_of']} at sampling time", f"{row['calls'] / 1000:g} a picture"
+            label, calls = f"best of {row['best_of']} at sampling time", f"{row['calls']} calls a picture"
             lines.append(line(label, "", calls, "", "", "{:.3f} ± {:.3f}".format(*row["held_out shapes_strict"]), *[""] * 4))
     for arm, records in stored.items():
         cells = [f"{ARMS[arm][0]} ({len(records)})", f"{records[0]['pictures']:,}", f"{records[0]['calls'] / 1000:.0f}"]
@@ -203,29 +204,30 @@ def tuning() -> str:
 
 
 def reached(results: Path) -> str:
-    """What GRAFT needed to reach the held-out reward at which DDPO ended, and what DDPO needed (curves: means over seeds)."""
-    ddpo, words = load(results, "ddpo"), ""
-    for arm in ("graft", "graft_tuned"):
-        graft = load(results, arm)
-        if not graft or not ddpo:
-            continue
-        ours, theirs = (
-            {name: np.mean([[point[name] for point in r["curve"]] for r in records], 0) for name in records[0]["curve"][0]}
-            for records in (graft, ddpo)
-        )
-        goal = theirs["reward"][-1]
-        passed = np.flatnonzero(ours["reward"] >= goal)
-        if len(passed):
-            parts = [
-                f"{ours[name][passed[0]]:,.0f} of {theirs[name][-1]:,.0f} {name} (1/{theirs[name][-1] / ours[name][passed[0]]:.1f})"
-                for name in ("pictures", "calls", "seconds")
-            ]
-            reward = ours["reward"][passed[0]]
-            return (
-                f"GRAFT passed DDPO's final {goal:.3f} after round {passed[0] + 1}, at {reward:.3f}, with {', '.join(parts)}."
-            )
-        words = f"GRAFT did not reach DDPO's final {goal:.3f}: it ended at {ours['reward'][-1]:.3f}."
-    return words
+    """Markdown: where GRAFT's held-out reward passed DDPO's best and last one, and at what share of DDPO's cost until there (curves:
+    means over seeds, at the evaluations that there were)."""
+
+    def curve(arm):
+        records = load(results, arm)
+        names = records[0]["curve"][0] if records else ()
+        return {name: np.mean([[point[name] for point in r["curve"]] for r in records], 0) for name in names}
+
+    ddpo, graft = curve("ddpo"), {arm: found for arm in ("graft", "graft_tuned") if (found := curve(arm))}
+    if not ddpo or not graft:
+        return ""
+    lines = [header("DDPO's reward", *(ARMS[arm][0] for arm in graft))]
+    for which, at in (("best", ddpo["reward"].argmax()), ("last", len(ddpo["reward"]) - 1)):
+        cells = []
+        for ours in graft.values():
+            passed = np.flatnonzero(ours["reward"] >= ddpo["reward"][at])
+            cells.append("not reached")
+            if len(passed):
+                costs = [f"{ours[name][passed[0]]:,.0f} (1/{ddpo[name][at] / ours[name][passed[0]]:.1f})" for name in COSTS]
+                said = ", ".join(f"{cost} {name}" for cost, name in zip(costs, COSTS))
+                cells[-1] = f"{ours['reward'][passed[0]]:.3f} after {said}"
+        spent = ", ".join(f"{ddpo[name][at]:,.0f} {name}" for name in COSTS)
+        lines.append(line(f"{which}, {ddpo['reward'][at]:.3f} after {spent}", *cells))
+    return "\n".join(lines)
 
 
 def figure(results: Path) -> None:

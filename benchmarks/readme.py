@@ -42,7 +42,7 @@ def read(name: str):
 @functools.cache
 def runs(name: str) -> list[dict]:
     """The stored records of folder/arm, by seed; there must be some."""
-    folder, arm = name.split("/")
+    folder, arm = name.rsplit("/", 1)
     records = load(RESULTS / folder, arm)
     if not records:
         raise FileNotFoundError(f"benchmarks/results/{name}__*.json: no result")
@@ -381,6 +381,7 @@ PARTS = {
     "inc": inc,
     "flow steps": flow_steps,
     "compare": lambda: compare.table(RESULTS / "compare"),
+    "reached": lambda: compare.reached(RESULTS / "compare"),
     "tuning": lambda: compare.tuning(),
     "guidance": guidance,
     "arguments": arguments,
@@ -547,7 +548,21 @@ def flow_claims() -> list[str]:
     return ["{}, {} and {}, grain in the picture (at η = 1: {}, {}, {})".format(*half, *one)]
 
 
-CLAIMS = (settings_claims, graft_claims, pgraft_claims, noise_claims, inc_claims, flow_claims)
+def compare_claims() -> list[str]:
+    budget = runs("compare/graft")[0]["calls"]
+    at = {arm: compare.mean_and_se([compare.at_budget(r, budget) for r in runs(f"compare/{arm}")]) for arm in ("graft", "ddpo")}
+    slow, fast = (
+        runs(f"compare/tuning/{compare.slug(name)}")[0]["curve"][-1]
+        for name in ("ddpo, lr 1e-3, clip 1e-4", "ddpo, lr 3e-3, clip 1e-2, batch 32")
+    )
+    return [
+        f"(strict {at['graft']} against {at['ddpo']})",
+        f"was at {slow['reward']:.3f} after {slow['pictures']:,} pictures on validation prompts, the chosen ones at "
+        f"{fast['reward']:.3f} after {fast['pictures']:,}",
+    ]
+
+
+CLAIMS = (compare_claims, settings_claims, graft_claims, pgraft_claims, noise_claims, inc_claims, flow_claims)
 
 
 # ---------------------------------------------------------------- the file
