@@ -249,6 +249,10 @@ def figure(results: Path) -> None:
         axis.set(
             xlabel={"pictures": "pictures sampled and scored", "seconds": "seconds on one CPU thread"}[name], xscale="log"
         )
+        least, most = axis.get_xlim()
+        ticks = [n * 10**k for k in range(6) for n in (1, 2, 5) if least <= n * 10**k <= most]
+        axis.set(xticks=ticks, xticklabels=ticks)
+        axis.minorticks_off()
     canvas.axes[0].set_ylabel("held-out strict reward")
     canvas.axes[0].legend(fontsize=7)
     save_figure(canvas, results / "graft__compare.png")
