@@ -10,6 +10,7 @@ import fcntl
 import importlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -175,6 +176,22 @@ def check_model_name(name: str) -> str:
     if str(family) not in FAMILIES:
         raise InputError(f"--model {name}: is a {family}; supported: {', '.join(FAMILIES)}")
     return family
+
+
+def read_switch(folder: str, instead: str) -> dict:
+    """pgraft.json of a run, switch_timestep and sigma as floats; InputError, which tells to give `instead`, if there is none or it
+    is damaged."""
+    path = Path(folder) / "pgraft.json"
+    if not path.is_file():
+        raise InputError(f"{path}: does not exist; give the folder of a finished pgraft.py run, or {instead}")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored |= {name: float(stored[name]) for name in ("switch_timestep", "sigma")}
+        if math.isfinite(stored["switch_timestep"]):
+            return stored
+        raise ValueError("no number")
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise InputError(f"{path}: is damaged; give {instead}") from None
 
 
 def check_device(device: str, dtype: str, of: str = "") -> str:

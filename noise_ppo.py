@@ -320,7 +320,7 @@ def final_evaluation(model, policy, rewards, prompts, held_out, args):
         laws["temperature"] = (zero, zero + math.log(results["temperature"]))
         laws |= {"one_for_all": over_prompts} if args.policy == "conditional" else {}
     results["by_steps"], pictures = [], {}
-    for steps in sorted({args.steps, *eval_steps(args)}):
+    for steps in sorted({args.steps, *common.numbers(args, "eval_steps", int, 1, 999)}):
         found = {}
         for name, (mean, log_std) in laws.items():
             if name == "temperature" and results[name] == 1:
@@ -367,22 +367,11 @@ def policy_statistics(policy, text, z, old_mean, old_log_std):
     }
 
 
-def eval_steps(args):
-    """The numbers of --eval_steps."""
-    try:
-        numbers = [int(part) for part in args.eval_steps.split(",") if part.strip()]
-    except ValueError:
-        numbers = [0]
-    if not all(1 <= n <= 999 for n in numbers):
-        raise InputError(f"--eval_steps {args.eval_steps}: give numbers from 1 to 999, separated by commas")
-    return numbers
-
-
 def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
     common.complete(args, DEFAULTS, LIMITS, CHOICES)
-    eval_steps(args)
+    common.numbers(args, "eval_steps", int, 1, 999)
     if args.mean_only and args.std_only:
         raise InputError("--mean_only --std_only: nothing is left to learn; give --no-mean_only with --std_only")
     if args.lora:
@@ -394,17 +383,14 @@ def prepare(args):
 
 def read_lora(args):
     """Check --lora and fill in --switch_timestep: that of the run's pgraft.json, else -1 (the LoRA is on in all steps)."""
-    folder, switch = Path(args.lora), Path(args.lora) / "pgraft.json"
+    folder = Path(args.lora)
     if not (folder / common.LORA_FILE).is_file():
         raise InputError(
             f"--lora {args.lora}: has no {common.LORA_FILE}; give the folder of a finished graft.py or pgraft.py run"
         )
-    if args.switch_timestep is None and switch.is_file():
-        try:
-            args.switch_timestep = float(json.loads(switch.read_text(encoding="utf-8"))["switch_timestep"])
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{switch}: is damaged; give --switch_timestep") from None
-    args.switch_timestep = -1.0 if args.switch_timestep is None else args.switch_timestep
+    if args.switch_timestep is None:
+        switched = (folder / "pgraft.json").is_file()
+        args.switch_timestep = common.read_switch(folder, "--switch_timestep")["switch_timestep"] if switched else -1.0
     if not -1 <= args.switch_timestep <= 999:
         raise InputError(f"--switch_timestep {args.switch_timestep:g}: must be between -1 and 999")
 
@@ -433,7 +419,10 @@ def main(args, folder_known):
     if model.prediction_type != "flow":
         spacing = {"timestep_spacing": "trailing", "clip_sample": False}
         model.pipeline.scheduler = scheduler.from_config(scheduler.config, **spacing)
-        for flag, steps in [("steps", args.steps), *(("eval_steps", steps) for steps in eval_steps(args))]:
+        for flag, steps in [
+            ("steps", args.steps),
+            *(("eval_steps", steps) for steps in common.numbers(args, "eval_steps", int, 1, 999)),
+        ]:
             if model.train_timesteps % steps:
                 raise InputError(f"--{flag} {steps}: must divide the model's {model.train_timesteps} training steps")
     schedule = schedule_prompts(len(prompts), args.prompts_per_iteration, args.iterations, args.seed)

@@ -369,24 +369,9 @@ def recommend(rows, limit):
     return rows[-1]["timestep"], f"the cleanest level: V(t) + s.e. is nowhere at most {limit:g}"
 
 
-def read_switch(folder):
-    """pgraft.json of a run; InputError if there is none or it is damaged."""
-    path = Path(folder) / "pgraft.json"
-    if not path.is_file():
-        raise InputError(f"{path}: does not exist; give the folder of a finished pgraft.py run, or a level with --switch")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        stored |= {name: float(stored[name]) for name in ("switch_timestep", "sigma")}
-        if math.isfinite(stored["switch_timestep"]):
-            return stored
-        raise ValueError("no number")
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise InputError(f"{path}: is damaged; give the level with --switch") from None
-
-
 def fitting_switch(folder, model):
     """The timestep of the switch in a run's pgraft.json; InputError if the model has another noise level there."""
-    stored = read_switch(folder)
+    stored = common.read_switch(folder, "the level with --switch")
     timestep = stored["switch_timestep"]
     sigma = model.alpha_sigma(timestep)[1] if 0 <= timestep < model.train_timesteps else math.nan
     if not abs(sigma - stored["sigma"]) < 1e-3:
@@ -456,7 +441,7 @@ def prepare(args):
     if args.evaluate and not (Path(args.evaluate) / common.LORA_FILE).is_file():
         raise InputError(f"--evaluate {args.evaluate}: has no {common.LORA_FILE}; give the folder of a finished run")
     if args.evaluate and args.switch == "auto":
-        read_switch(args.evaluate)
+        common.read_switch(args.evaluate, "the level with --switch")
     return read_task(args)
 
 

@@ -319,7 +319,7 @@ def test_run_on_top_of_a_tuned_model(lora_run, arguments, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     shutil.copytree(lora_run, "tuned")
     if switch:
-        (tmp_path / "tuned" / "pgraft.json").write_text(json.dumps({"switch_timestep": switch}))
+        (tmp_path / "tuned" / "pgraft.json").write_text(json.dumps({"switch_timestep": switch, "sigma": 0.5}))
     grids = []
     monkeypatch.setattr("rewards.save_grid", lambda path, standard, learnt, *rest: grids.append((standard, learnt)))
     flags = "--lora tuned --iterations 1 --no-controls --eval_steps 4 --lr 0.1 --output run".split()
