@@ -278,7 +278,7 @@ EARLY = [  # found before anything is loaded
             "--probe_limit -0.1": "--probe_limit -0.1: must be between 0 and 1",
             "--evaluate @/missing": f"--evaluate @/missing: has no {LORA_FILE}; give the folder of a finished run",
             "--evaluate @/no_lora": f"--evaluate @/no_lora: has no {LORA_FILE}; give the folder of a finished run",
-            "--evaluate @/no_json": "no_json/pgraft.json: does not exist; give the folder of a finished pgraft.py run, or a level with --switch",
+            "--evaluate @/no_json": "no_json/pgraft.json: does not exist; give the folder of a finished pgraft.py run, or the level with --switch",
             **{
                 f"--evaluate @/{name}": f"{name}/pgraft.json: is damaged; give the level with --switch"
                 for name in ("not_json", "number", "no_level", "text", "infinite")
