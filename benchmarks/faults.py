@@ -356,6 +356,15 @@ def make_reference(script, folder):
     return folder / "reference" / "run", json.loads((folder / "reference" / "done.json").read_text())
 
 
+def table(records):
+    """Markdown: cases that ended well, one row a script."""
+    lines = ["| script | " + " | ".join(GROUPS) + " |\n" + "|---" * (len(GROUPS) + 1) + "|"]
+    for script in dict.fromkeys(r["script"] for r in records):
+        groups = [[r["outcome"] == "ok" for r in records if r["script"] == script and g in r["case"]] for g in GROUPS]
+        lines.append(f"| {script} | " + " | ".join(f"{sum(g)} of {len(g)}" for g in groups) + " |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
@@ -377,12 +386,7 @@ def main():
                 options.output.write_text(json.dumps(report, indent=1) + "\n")
                 if function is not damaged:
                     shutil.rmtree(cwd)
-    print("\n| script | " + " | ".join(GROUPS) + " |\n" + "|---" * (len(GROUPS) + 1) + "|")
-    for script in options.scripts:
-        groups = [
-            [r["outcome"] == "ok" for r in report["records"] if r["script"] == script and g in r["case"]] for g in GROUPS
-        ]
-        print(f"| {script} | " + " | ".join(f"{sum(g)} of {len(g)}" for g in groups) + " |")
+    print("\n" + table(report["records"]))
     sys.exit(any(record["outcome"] != "ok" for record in report["records"]))
 
 

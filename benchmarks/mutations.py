@@ -112,7 +112,7 @@ TABLE = {
         ("else -1", "else 0"),
         ("times[k], text", "times[max(k - 1, 0)], text"),
     ],
-    ("graft.py", "sample", f"{FAMILIES} -k 'marginals or closed_form'"): [
+    ("graft.py", "sample", f"{FAMILIES} -k same_steps"): [
         ("x - sigma * prediction, x + alpha * prediction", "x + sigma * prediction, x + alpha * prediction"),
         ("x - sigma * prediction, x + alpha * prediction", "x - sigma * prediction, x + sigma * prediction"),
     ],

@@ -18,6 +18,7 @@ import re
 import sys
 
 import compare
+import faults
 import numpy as np
 from graft_shapes import METRICS, ROOT, by_round, header, held_out, line, load
 from inc_shapes import COLUMNS
@@ -380,6 +381,7 @@ PARTS = {
     "noise ppo kl": noise_kl,
     "inc": inc,
     "flow steps": flow_steps,
+    "faults": lambda: faults.table(read("faults.json")["records"]),
     "compare": lambda: compare.table(RESULTS / "compare"),
     "reached": lambda: compare.reached(RESULTS / "compare"),
     "tuning": lambda: compare.tuning(),
@@ -548,9 +550,15 @@ def flow_claims() -> list[str]:
     return ["{}, {} and {}, grain in the picture (at η = 1: {}, {}, {})".format(*half, *one)]
 
 
+def mutation_claims() -> list[str]:
+    return [f"changes the equations in {len(read('mutations.json'))} places"]
+
+
 def compare_claims() -> list[str]:
     budget = runs("compare/graft")[0]["calls"]
-    at = {arm: compare.mean_and_se([compare.at_budget(r, budget) for r in runs(f"compare/{arm}")]) for arm in ("graft", "ddpo")}
+    at = {
+        arm: compare.mean_and_se([compare.at_budget(r, budget) for r in runs(f"compare/{arm}")]) for arm in ("graft", "ddpo")
+    }
     slow, fast = (
         runs(f"compare/tuning/{compare.slug(name)}")[0]["curve"][-1]
         for name in ("ddpo, lr 1e-3, clip 1e-4", "ddpo, lr 3e-3, clip 1e-2, batch 32")
@@ -562,7 +570,7 @@ def compare_claims() -> list[str]:
     ]
 
 
-CLAIMS = (compare_claims, settings_claims, graft_claims, pgraft_claims, noise_claims, inc_claims, flow_claims)
+CLAIMS = (compare_claims, mutation_claims, settings_claims, graft_claims, pgraft_claims, noise_claims, inc_claims, flow_claims)
 
 
 # ---------------------------------------------------------------- the file
