@@ -563,7 +563,10 @@ def compare_claims() -> list[str]:
         runs(f"compare/tuning/{compare.slug(name)}")[0]["curve"][-1]
         for name in ("ddpo, lr 1e-3, clip 1e-4", "ddpo, lr 3e-3, clip 1e-2, batch 32")
     )
+    both = {name: by_steps(runs("compare/pgraft_noise_ppo"), (10,), name)[0] for name in ("standard", "learnt")}
     return [
+        f"raises strict at 10 deterministic steps from {both['standard']} to {both['learnt']}. P-GRAFT's own stochastic sampler has "
+        f"{mean_of('compare/pgraft')} there",
         f"(strict {at['graft']} against {at['ddpo']})",
         f"was at {slow['reward']:.3f} after {slow['pictures']:,} pictures on validation prompts, the chosen ones at "
         f"{fast['reward']:.3f} after {fast['pictures']:,}",
