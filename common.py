@@ -6,7 +6,6 @@ The denoising loops and the losses are not here: they stand in the method files,
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import importlib
 import io
 import json
@@ -22,6 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+
+try:
+    import fcntl
+except ImportError:  # Windows: folders are not locked
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -490,6 +494,8 @@ def make_run_folder(args, script: str, model: str, seed: int) -> Path:
 
 def lock(folder: Path, flag: str) -> None:
     """Keep other processes from running in `folder`; the system ends that with the process, even a killed one."""
+    if fcntl is None:
+        return
     while HELD:
         os.close(HELD.pop())
     HELD.append(os.open(folder, os.O_RDONLY))

@@ -8,6 +8,7 @@ import random
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,13 @@ def test_errors_that_are_not_the_disks_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["some.py"])
     with pytest.raises(OSError, match="odd"):
         common.run_script(main, Args)
+
+
+def test_a_system_without_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "fcntl", None)
+    monkeypatch.setattr(common, "HELD", [])
+    args = SimpleNamespace(resume=str(tmp_path), output="")
+    assert common.make_run_folder(args, "graft", "model", 0) == tmp_path and common.HELD == []
 
 
 @pytest.mark.parametrize("script", list(faults.SCRIPTS))
