@@ -254,7 +254,7 @@ def figure(results: Path) -> None:
         axis.set(xticks=ticks, xticklabels=ticks)
         axis.minorticks_off()
     canvas.axes[0].set_ylabel("held-out strict reward")
-    canvas.axes[0].legend(fontsize=7)
+    canvas.legend(*canvas.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     save_figure(canvas, results / "graft__compare.png")
 
 
