@@ -105,7 +105,7 @@ def test_flags_in_the_text_exist():
     others = "".join(file.read_text(encoding="utf-8") for file in [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("shapes/*.py")])
     for span in SPANS:
         for flag in re.findall(r"--[a-z][\w-]*", span):
-            assert flag in fields | {"--help"} or f'"{flag}"' in others, span
+            assert flag in fields | {"--help", "--dist"} or f'"{flag}"' in others, span
 
 
 def script_flags(script):
