@@ -126,8 +126,9 @@ def run(target: Path, folder: Path, command: list[str], seed: int) -> None:
         print(f"{target.stem} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(record(folder, command, seed), indent=1) + "\n")
-    print(f"{target.stem}: {json.loads(target.read_text())['curve'][-1]}", flush=True)
+    found = record(folder, command, seed)
+    target.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{target.stem}: {found['curve'][-1]}", flush=True)
 
 
 def record(folder: Path, command: list[str], seed: int) -> dict:
