@@ -1,37 +1,19 @@
-"""What every method file needs and no method is about: arguments, model families, LoRA, seeds, run folder.
+"""What every method file needs and no method is about: the model and its families, LoRA, seeds, the run folder.
 
 The denoising loops and the losses are not here: they stand in the method files, in sight.
 """
 
 import contextlib
-import dataclasses
-import errno
 import importlib
-import io
-import json
-import math
 import os
-import re
-import sys
-import threading
-import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
-
-try:
-    import fcntl
-except ImportError:  # Windows: folders are not locked
-    fcntl = None
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LORA_FILE = "pytorch_lora_weights.safetensors"
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # what a disk says, not a bug
-HELD = []  # the open run folder, locked as long as it is open
 FAMILIES = {  # pipeline class: further prompts that its encode_prompt takes
     "StableDiffusionPipeline": (),  # 1.x, 2.x
     "StableDiffusionXLPipeline": ("prompt_2",),
@@ -40,162 +22,8 @@ FAMILIES = {  # pipeline class: further prompts that its encode_prompt takes
 ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()  # the last four: the text in SD 3
 
 
-# ---------------------------------------------------------------- arguments and bad input
-
-
 class InputError(Exception):
     """Something the user gave is wrong; the message is one line that names it and the fix."""
-
-
-def run_script(main, cls) -> None:
-    """main(args, folder_known) with the command line's arguments; main tells its run folder to folder_known. InputError, what the
-    disk says and lack of memory end the program with one line and exit code 2, Ctrl-C with 130; after the disk's errors and
-    Ctrl-C the line says how to continue."""
-    folders = []
-    # the thread of tensorboard's writer prints what it raises again in the main thread
-    threading.excepthook = lambda seen: isinstance(seen.exc_value, OSError) or threading.__excepthook__(seen)
-    try:
-        main(parse_arguments(cls), folders.append)
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, Exception) as error:
-        found = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", found):  # CUDA, CPU
-            print(f"error: out of memory ({found}): lower the batch sizes or numbers", file=sys.stderr)
-            sys.exit(2)
-        command = f"Continue with: python {sys.argv[0]} --resume"
-        then = f"{command} {folders[0]}" if folders else "Nothing was written."
-        if isinstance(error, KeyboardInterrupt):
-            print(f"\ninterrupted. {then}", file=sys.stderr)
-            sys.exit(130)
-        if not any(os.strerror(code) in str(error) for code in DISK_ERRORS):  # libraries wrap it in errors of their own
-            raise
-        print(f"error: {found}: make room or allow access; nothing saved is lost. {then}", file=sys.stderr)
-        sys.exit(2)
-
-
-def parse_arguments(cls, argv: list[str] | None = None):
-    """Command line -> dataclass. tyro's boxed messages become one line. With --resume the stored arguments are the
-    defaults, and any other value given beside it is an error."""
-    argv = sys.argv[1:] if argv is None else argv
-
-    def cli(default):
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors):
-                return tyro.cli(cls, args=argv, default=default)
-        except SystemExit as stop:
-            if stop.code in (0, None):
-                raise
-            lines = [line.strip("│╭╮╰╯ ") for line in errors.getvalue().splitlines()[1:]]  # without the title
-            message, below, *_ = (part for part in re.split("[─-]{9,}", "\n".join(lines)) if part.strip())
-            near = re.findall(r"^--(\S+)", below, re.M) if "Perhaps you meant" in below else []
-            hint = f"perhaps you meant {', '.join('--' + name.replace('-', '_') for name in near)}; " if near else ""
-            raise InputError(f"{message} ({hint}see --help)") from None
-
-    args = cli(cls())
-    if not args.resume:
-        return args
-    stored_file = Path(args.resume) / "args.json"
-    if not stored_file.is_file():
-        raise InputError(f"--resume {args.resume}: no run there (no args.json); give the folder that the run printed")
-    try:
-        stored = cls(**{**json.loads(stored_file.read_text(encoding="utf-8")), "resume": args.resume})
-        for field in dataclasses.fields(cls):
-            value = getattr(stored, field.name)
-            if not isinstance(value, (int, float, str, type(None)) if field.default is None else type(field.default)):
-                raise ValueError(f"{field.name} is {value!r}")
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"--resume {args.resume}: args.json is damaged or of another script ({error}); start a new run"
-        ) from None
-    args = cli(stored)
-    for field in dataclasses.fields(cls):
-        if getattr(args, field.name) != getattr(stored, field.name):
-            raise InputError(
-                f"--{field.name} {getattr(args, field.name)} differs from the run in {args.resume} "
-                f"({getattr(stored, field.name)}): leave it out, or start a new run"
-            )
-    return args
-
-
-def complete(args, defaults: dict, limits: dict, choices: dict) -> None:
-    """Fill in the settings that were left out and check every argument of which a table can say what is right; InputError.
-
-    defaults: {setting: (of the embedded model, then of FAMILIES in their order)}; limits: {setting: (least, most)}, a name in
-    place of a number is that setting's value; choices: {setting: its values}.
-    """
-    embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
-    column = [*FAMILIES].index(check_model_name(args.model)) + 1
-    for name, values in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[0 if embedded else column])
-    args.device = check_device(args.device, args.dtype)
-    check_output(args.output, args.resume)
-    check_tables(args, limits, choices)
-
-
-def check_tables(args, limits: dict, choices: dict) -> None:
-    """InputError for an argument that limits or choices, as in complete, do not allow."""
-    for name, (least, most) in limits.items():
-        most = getattr(args, most) if isinstance(most, str) else most
-        if not least <= getattr(args, name) <= most:
-            raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
-    for name, allowed in choices.items():
-        if getattr(args, name) not in allowed:
-            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(allowed)}")
-
-
-def numbers(args, name: str, kind: type, least: float, most: float) -> list:
-    """The numbers of a setting such as "2,4", each an int or a float (`kind`) from least to most; InputError."""
-    try:
-        found = [kind(part) for part in getattr(args, name).split(",") if part.strip()]
-    except ValueError:
-        found = [float("nan")]
-    if not all(least <= n <= most for n in found):
-        wanted = "whole numbers" if kind is int else "numbers"
-        raise InputError(f"--{name} {getattr(args, name)}: give {wanted} from {least:g} to {most:g}, separated by commas")
-    return found
-
-
-def check_model_name(name: str) -> str:
-    """The pipeline class, one of FAMILIES, of a folder or hub id (owner/name). InputError for another; no weights are read."""
-    index = Path(name) / "model_index.json"
-    if not Path(name).exists():
-        if name.count("/") != 1 or name.startswith((".", "/")):
-            raise InputError(f"--model {name}: no such folder, and no hub id of the form owner/name")
-        from huggingface_hub import hf_hub_download
-
-        try:
-            index = Path(hf_hub_download(name, index.name))
-        except Exception as error:  # no network, no such model, no right to it: many kinds
-            raise InputError(f"--model {name}: cannot be loaded ({error})") from None
-    if not index.is_file():
-        raise InputError(f"--model {name}: is no diffusers pipeline; give the folder that holds a model_index.json")
-    try:
-        family = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError):
-        raise InputError(f"--model {name}: model_index.json is damaged; get the model again") from None
-    if str(family) not in FAMILIES:
-        raise InputError(f"--model {name}: is a {family}; supported: {', '.join(FAMILIES)}")
-    return family
-
-
-def read_switch(folder: str, instead: str) -> dict:
-    """pgraft.json of a run, switch_timestep and sigma as floats; InputError, which tells to give `instead`, if there is none or it
-    is damaged."""
-    path = Path(folder) / "pgraft.json"
-    if not path.is_file():
-        raise InputError(f"{path}: does not exist; give the folder of a finished pgraft.py run, or {instead}")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        stored |= {name: float(stored[name]) for name in ("switch_timestep", "sigma")}
-        if math.isfinite(stored["switch_timestep"]):
-            return stored
-        raise ValueError("no number")
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise InputError(f"{path}: is damaged; give {instead}") from None
 
 
 def check_device(device: str, dtype: str, of: str = "") -> str:
@@ -210,6 +38,21 @@ def check_device(device: str, dtype: str, of: str = "") -> str:
     if device == "cpu" and dtype == "float16":
         raise InputError(f"--{of}dtype float16 needs a CUDA device; on the CPU use --{of}dtype float32 or bfloat16")
     return device
+
+
+def check_model_name(name: str) -> str:
+    """The pipeline class, one of FAMILIES, of a folder or hub id (owner/name). InputError for another; no weights are read."""
+    from diffusers import DiffusionPipeline
+
+    if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise InputError(f"--model {name}: no such folder, and no hub id of the form owner/name")
+    try:
+        family = DiffusionPipeline.load_config(name).get("_class_name")
+    except Exception as error:  # no network, no right to it, no pipeline, a damaged file: many kinds
+        raise InputError(f"--model {name}: cannot be loaded ({error}); give the folder or hub id of a pipeline") from None
+    if str(family) not in FAMILIES:
+        raise InputError(f"--model {name}: is a {family}; supported: {', '.join(FAMILIES)}")
+    return family
 
 
 # ---------------------------------------------------------------- model families
@@ -265,8 +108,8 @@ class Model:
         self.prediction_type, self.pipeline.scheduler = scheduler.config.prediction_type, scheduler
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise InputError(f"{name}: prediction type {self.prediction_type}; supported: epsilon, v_prediction")
-        # (T,) in float64: the square roots below are then exact to float32
-        self.alphas_cumprod = scheduler.alphas_cumprod.double()
+        # (T + 1,), the level after the last step at the end; in float64, so that the square roots are exact to float32
+        self.alphas_cumprod = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)]).double()
 
     def encode(self, prompts: list[str]) -> torch.Tensor:
         """Text conditions (n, rows, width) on the device, in the model's dtype: the token states, and the pooled embedding in
@@ -325,31 +168,27 @@ class Model:
     def timesteps(self, steps: int) -> list:
         """Set the scheduler to `steps` steps; its timesteps, noisy to clean. InputError for as many as in training, or where the
         stock DDIM step would mistake the next one."""
-        if steps >= self.train_timesteps:
-            raise InputError(f"--steps {steps}: must be below the model's {self.train_timesteps} training steps")
-        self.pipeline.scheduler.set_timesteps(steps)
-        grid, stride = self.pipeline.scheduler.timesteps.tolist(), self.train_timesteps // steps
-        if self.prediction_type != "flow" and any(t - stride != after for t, after in zip(grid, grid[1:])):
-            spacing = self.pipeline.scheduler.config.timestep_spacing
-            raise InputError(
-                f"--steps {steps}: with {spacing!r} spacing the DDIM scheduler's steps do not join up; "
-                f"take a number that divides {self.train_timesteps}"
-            )
+        scheduler, total = self.pipeline.scheduler, self.train_timesteps
+        scheduler.set_timesteps(min(steps, total))
+        grid, flow = scheduler.timesteps.tolist(), self.prediction_type == "flow"
+        if steps >= total or not flow and any(t - total // steps != after for t, after in zip(grid, grid[1:])):
+            spaced = "" if flow else f" and, with {scheduler.config.timestep_spacing!r} spacing, divide them"
+            raise InputError(f"--steps {steps}: must be below the model's {total} training steps{spaced}")
         return grid
 
     def alpha_sigma(self, t: float | torch.Tensor) -> tuple:
         """alpha_t, sigma_t: sqrt(abar_t), sqrt(1 - abar_t); of a flow 1 - t / T, t / T. A negative number is the level after the
         last step. Floats for a number, float32 tensors for a tensor."""
+        at = torch.as_tensor(t, dtype=torch.float64)
         if self.prediction_type == "flow":
-            sigma = (t.double() if isinstance(t, torch.Tensor) else max(t, 0)) / self.train_timesteps
+            sigma = at.clamp(min=0) / self.train_timesteps
             alpha = 1 - sigma
         else:
-            at = t.cpu() if isinstance(t, torch.Tensor) else torch.tensor(int(t))
-            abar = self.pipeline.scheduler.final_alpha_cumprod.double() if (at < 0).any() else self.alphas_cumprod[at]
+            abar = self.alphas_cumprod[at.cpu().long().clamp(min=-1)]  # -1: the last
             alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
         if isinstance(t, torch.Tensor):
             return alpha.float().to(t.device), sigma.float().to(t.device)
-        return float(alpha), float(sigma)
+        return alpha.item(), sigma.item()
 
     def draw_timesteps(self, n: int, generator: torch.Generator, above: float = -1) -> torch.Tensor:
         """(n,) timesteps to train on, above the timestep `above`: uniform; of a flow logit-normal and shifted as the scheduler
@@ -359,8 +198,7 @@ class Model:
         shift = self.pipeline.scheduler.shift
         sigma = max(above, 0) / self.train_timesteps
         sigma += (1 - sigma) / 1000
-        least = torch.tensor(sigma / (shift - (shift - 1) * sigma), dtype=torch.float64).logit()
-        chance = torch.special.ndtr(least)
+        chance = torch.special.ndtr(torch.tensor(sigma / (shift - (shift - 1) * sigma), dtype=torch.float64).logit())
         chance = chance + (1 - chance) * torch.rand(n, generator=generator, dtype=torch.float64)
         u = torch.special.ndtri(chance).sigmoid()
         return (self.train_timesteps * shift * u / (1 + (shift - 1) * u)).float()
@@ -386,12 +224,11 @@ class Model:
 
     def load_lora(self, folder: str) -> None:
         """Load pytorch_lora_weights.safetensors of a run, in place of add_lora."""
-        from safetensors import safe_open
+        from safetensors.torch import load_file
 
         try:
             self.pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name="default")
-            with safe_open(Path(folder) / LORA_FILE, "pt") as file:
-                stored = len(file.keys())
+            stored = len(load_file(Path(folder) / LORA_FILE))
         except Exception as error:  # a damaged file makes the loaders raise many kinds
             raise InputError(f"{folder}/{LORA_FILE}: cannot be loaded ({error})") from None
         if len(self.lora()) != stored:
@@ -442,16 +279,11 @@ class Model:
 
 def make_adamw(parameters: list, lr: float, eight_bit: bool) -> torch.optim.Optimizer:
     """AdamW without weight decay, or bitsandbytes' with its state in 8 bits; InputError without that package."""
-    if not eight_bit:
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     try:
-        from bitsandbytes.optim import AdamW8bit
+        kind = importlib.import_module("bitsandbytes.optim").AdamW8bit if eight_bit else torch.optim.AdamW
     except ImportError as error:
         raise InputError(f"--optimizer_8bit needs the package bitsandbytes ({error}); pip install bitsandbytes") from None
-    return AdamW8bit(parameters, lr=lr, weight_decay=0.0)
-
-
-# ---------------------------------------------------------------- seeds, run folder, files
+    return kind(parameters, lr=lr, weight_decay=0.0)
 
 
 def derived_seed(*key: int | str) -> int:
@@ -460,83 +292,9 @@ def derived_seed(*key: int | str) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def check_output(output: str, resume: str) -> None:
-    """InputError if --output holds anything already (unless the run is resumed) or cannot be made."""
-    if resume:
-        return
-    path = Path(output)
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--output {output}: {there} is no folder that can be written to; give a new folder")
-    # args.json.part: of a run that was killed before it had begun
-    if not output or not path.exists() or {p.name for p in path.iterdir()} <= {"args.json.part"}:
-        return
-    if (path / "args.json").is_file():
-        raise InputError(f"--output {output}: holds a run already; continue it with --resume {output}, or give a new folder")
-    raise InputError(f"--output {output}: exists and is not a run; give a new folder")
-
-
-def make_run_folder(args, script: str, model: str, seed: int) -> Path:
-    """The folder of this run, with args.json: the one to resume, --output, or a new one under runs/. Until the process ends or
-    makes the next folder, no other process can have it: InputError."""
-    named = f"runs/{script}__{Path(model).name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(args.resume or args.output or named)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock(folder, "--resume" if args.resume else "--output")
-        if not args.resume:
-            check_output(str(folder), "")  # again: another process may have been faster
-            write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"--output {folder}: cannot be written ({error.strerror}); give another folder") from None
-    return folder
-
-
-def lock(folder: Path, flag: str) -> None:
-    """Keep other processes from running in `folder`; the system ends that with the process, even a killed one."""
-    if fcntl is None:
-        return
-    while HELD:
-        os.close(HELD.pop())
-    HELD.append(os.open(folder, os.O_RDONLY))
-    try:
-        fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{flag} {folder}: in use by another process; wait for it, or give another folder") from None
-    except OSError as error:  # some network file systems
-        print(f"warning: {folder} cannot be locked ({error.strerror}); start no second run in it", file=sys.stderr)
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside, fsync, rename: at every moment `path` is the old file or the new one, never a part."""
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def save_checkpoint(folder: Path, state: dict, name: str = "checkpoint.pt") -> None:
-    """Atomically write `state` (tensors, numbers, strings, lists, dicts) and the run's arguments to the file `name`."""
-    buffer = io.BytesIO()
-    torch.save(state | {"args": (folder / "args.json").read_text(encoding="utf-8")}, buffer)
-    write_atomically(folder / name, buffer.getvalue())
-
-
-def load_checkpoint(folder: Path, name: str = "checkpoint.pt") -> dict | None:
-    """What save_checkpoint wrote last, or None if the run was stopped before. InputError if one bit of it is not what was written,
-    or if args.json is not what it was then."""
-    path, refused = folder / name, f"--resume {folder}: {name}"
-    if not path.exists():
-        return None
-    try:
-        with zipfile.ZipFile(path) as file:  # torch does not look at the checksums
-            if file.testzip():
-                raise ValueError("checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
-        raise InputError(f"{refused} is damaged ({type(error).__name__}: {error}); start a new run") from None
-    if state.pop("args", None) != (folder / "args.json").read_text(encoding="utf-8"):
-        raise InputError(f"{refused} was made with another args.json; put that back, or start a new run")
-    return state
+def draw_noise(seeds: list[int], steps: int, shape: tuple, dtype: torch.dtype) -> torch.Tensor:
+    """(steps + 1, n, *shape): the initial noise, then one draw a step, in the order in which the stock pipeline asks for them when
+    it is given one CPU generator for each of the n seeds."""
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    draws = [[torch.randn(shape, generator=g, dtype=dtype) for g in generators] for _ in range(steps + 1)]
+    return torch.stack([torch.stack(step) for step in draws])

@@ -19,31 +19,13 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import common
-import rewards as show  # what a run prints and writes
-from common import DTYPES, ROOT, InputError, Model, derived_seed
-from rewards import average_hash, check_rule, diversity, image_statistics, read_task, schedule_prompts, score
+import rewards as run  # arguments, run folder, tables, pictures
+from common import DTYPES, ROOT, InputError, Model, derived_seed, draw_noise, make_adamw
+from rewards import average_hash, diversity, image_statistics, score
 
-RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
-DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3; steps and guidance as in the stock call
-    "steps": (10, 50, 50, 28),
-    "guidance": (1.0, 7.5, 5.0, 7.0),
-    "eta": (1.0, 1.0, 1.0, 0.0),
-    "sample_batch": (64, 8, 4, 4),
-    "micro_batch": (64, 2, 1, 1),
-    "lora_targets": ("all", *["attention"] * 3),
-    "lr": (1e-3, 1e-4, 1e-4, 1e-4),
-    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", *["jpeg_compressibility"] * 3),
-}
-AT_LEAST_ONE = "rounds prompts_per_round samples guidance sample_batch updates batch micro_batch lora_rank".split()
-LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**6)) | {"top_k": (1, "samples"), "steps": (1, 999), "eta": (0, 1)}
-LIMITS |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**4), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
-LIMITS |= {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6), "rounds": (1, 10**4), "samples": (1, 10**4), "lora_rank": (1, 1024)}
-CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none")}
-SHOWN = 24  # pictures that are kept whole, for grid.png: six prompts x 4
+reshaped_reward, implied_kl = run.reshaped_reward, run.implied_kl  # equations (2) and (3)
 
 
 @dataclass
@@ -106,26 +88,25 @@ class Args:
 # ================================================================ equations: tensors in, tensors out
 
 
-def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, keys=None, generator=None):
+def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, flat=True, keys=None, generator=None):
     """Which samples a rule accepts. rewards: (prompts, samples) -> bool mask of the same shape.
 
-    "topk": the top_k best of each row. "preference": the better of each consecutive pair. Both break ties at random.
+    "topk": the top_k best of each row. "preference": the better of each consecutive pair. Both break ties at random; without
+    `flat` they accept nothing of a row or pair whose rewards are all equal.
     "exponential": each with probability exp((r - reward_max) / beta); reward_max is the reward's known upper bound, without
     one the row's maximum. "threshold": r >= threshold. "none": all. keys: integer ids, same shape; of the accepted samples of
     a row that share a key one is kept (the best; ties at random). ValueError for a rule without its parameter.
     Source: arXiv 2510.02692, generalised rejection sampling; equations (1) and (2) above.
     """
-    groups, samples = rewards.shape
+    samples = rewards.shape[1]
     chance = torch.rand(rewards.shape, generator=generator).to(rewards.device)  # breaks ties, and is exponential's coin
-    if rule == "topk":
-        if not 1 <= top_k <= samples:
-            raise ValueError(f"top_k {top_k} must be between 1 and the number of samples {samples}")
-        mask = _rank(rewards, chance) < top_k
-    elif rule == "preference":
-        if samples % 2:
-            raise ValueError(f"preference pairs need an even number of samples, not {samples}")
-        pairs = (groups * samples // 2, 2)
-        mask = (_rank(rewards.reshape(pairs), chance.reshape(pairs)) == 0).reshape(groups, samples)
+    if rule in ("topk", "preference"):
+        size, best = (samples, top_k) if rule == "topk" else (2, 1)  # the best of every `size` samples
+        if samples % size or not 1 <= best <= size:
+            raise ValueError(f"{rule} cannot take the {best} best of every {size} of {samples} samples")
+        groups = rewards.reshape(-1, size)
+        mask = _rank(groups, chance.reshape(-1, size)) < best
+        mask = (mask if flat else mask & (groups != groups[:, :1]).any(1, keepdim=True)).reshape(rewards.shape)
     elif rule == "exponential":
         if beta is None or beta <= 0:
             raise ValueError("exponential needs beta > 0")
@@ -138,7 +119,7 @@ def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None
     elif rule == "none":
         mask = torch.ones_like(rewards, dtype=torch.bool)
     else:
-        raise ValueError(f"rule {rule!r} must be one of {', '.join(CHOICES['rule'])}")
+        raise ValueError(f"rule {rule!r} must be topk, preference, exponential, threshold or none")
     if keys is not None:
         rank = _rank(rewards, torch.rand(rewards.shape, generator=generator).to(rewards.device))
         same = keys[:, :, None] == keys[:, None, :]  # (prompts, samples, samples)
@@ -152,37 +133,6 @@ def _rank(rewards, chance):
     order = chance.argsort(1)
     order = order.gather(1, torch.argsort(rewards.gather(1, order), dim=1, descending=True, stable=True))
     return order.argsort(1)
-
-
-def reshaped_reward(quantile, num_samples, top_k):
-    """rhat of "the top_k best of num_samples", up to a constant, at quantile U in [0, 1], any shape. Equation (2)."""
-    u = torch.as_tensor(quantile, dtype=torch.float64)
-    terms = [math.comb(num_samples - 1, j) * u ** (num_samples - 1 - j) * (1 - u) ** j for j in range(top_k)]
-    return torch.stack(terms).sum(0).log()
-
-
-def implied_kl(num_samples, top_k):
-    """KL(accepted || sampled) in nats of "the top_k best of num_samples", for a reward without ties. Equation (3)."""
-    if top_k == 1:
-        return math.log(num_samples) - (num_samples - 1) / num_samples
-    nodes = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    density = num_samples / top_k * reshaped_reward(nodes, num_samples, top_k).exp()
-    return torch.xlogy(density, density).mean().item()
-
-
-def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None):
-    """KL(accepted || sampled) in nats of a rule on rewards (prompts, samples). topk and preference: equation (3), an upper
-    bound if rewards tie; others: from the acceptance probabilities, mean over the prompts that can accept."""
-    if rule in RANKING:
-        return implied_kl(rewards.shape[1], top_k) if rule == "topk" else implied_kl(2, 1)
-    if rule == "none":
-        return 0.0
-    if rule == "threshold":
-        chance = (rewards >= threshold).double()
-    else:
-        chance = ((rewards - rewards.max(1, True).values) / beta).double().exp()
-    weight = (chance / chance.mean(1, keepdim=True))[chance.sum(1) > 0]
-    return torch.xlogy(weight, weight).mean().item() if len(weight) else math.nan
 
 
 def training_target(x_0, noise, alpha_t, sigma_t, prediction_type):
@@ -200,17 +150,8 @@ def guided_prediction(model, x, t, text, guidance):
     if guidance == 1:
         return model.predict(x, t, text)
     text = torch.cat([model.empty.expand_as(text), text])
-    both = model.predict(x.repeat(2, 1, 1, 1), t if t.dim() == 0 else t.repeat(2), text)
-    unconditional, conditional = both.chunk(2)
+    unconditional, conditional = model.predict(x.repeat(2, 1, 1, 1), t.expand(len(x)).repeat(2), text).chunk(2)
     return unconditional + guidance * (conditional - unconditional)
-
-
-def draw_noise(seeds, steps, shape, dtype):
-    """(steps + 1, batch, *shape): the initial noise, then one draw a step, in the order in which the stock pipeline asks for
-    them when it is given one CPU generator for each seed."""
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    draws = [[torch.randn(shape, generator=g, dtype=dtype) for g in generators] for _ in range(steps + 1)]
-    return torch.stack([torch.stack(step) for step in draws])
 
 
 @torch.no_grad()
@@ -242,7 +183,7 @@ def sample(model, noise, text, guidance, eta):
 
 def sample_and_score(model, rewards, prompts, seeds, args, label):
     """Pictures of the prompts (n) with the seeds (n), a batch at a time.
-    Returns latents (n, c, h, w), {reward or statistic: (n,)}, and the pictures, all but the first 24 at most 64 x 64 pixels."""
+    Returns latents (n, c, h, w), {reward or statistic: (n,)}, and the pictures, small but for those of grid.png."""
     latents, scores, pictures = [], [], []
     for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
         part = slice(i, i + args.sample_batch)
@@ -251,7 +192,7 @@ def sample_and_score(model, rewards, prompts, seeds, args, label):
         images = model.decode(x_0, label)
         latents.append(x_0.cpu())
         scores.append(score(rewards, images, prompts[part]) | image_statistics(images))
-        pictures += [p if i + j < SHOWN else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
+        pictures += run.kept(images, i)
     return torch.cat(latents), {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, pictures
 
 
@@ -269,14 +210,14 @@ def denoising_loss(model, x_0, text, t, noise, guidance):
 
 
 def evaluate(model, rewards, prompts, args, label):
-    """Fixed prompts x fixed seeds. Returns ({metric: (prompts,), the mean over a prompt's pictures}, first 24 pictures)."""
+    """Fixed prompts x fixed seeds. Returns ({metric: (prompts,), the mean over a prompt's pictures}, the pictures of grid.png)."""
     n = args.eval_samples
     seeds = [derived_seed("eval", i, j) for i in range(len(prompts)) for j in range(n)]
     repeated = [p for p in prompts for _ in range(n)]
     _, scores, pictures = sample_and_score(model, rewards, repeated, seeds, args, label)
     means = {name: values.view(-1, n).mean(1) for name, values in scores.items()}
     means["diversity"] = torch.tensor([diversity(pictures[i * n : i * n + n]) for i in range(len(prompts))])
-    return means, pictures[:SHOWN]
+    return means, pictures[: run.SHOWN]
 
 
 # ================================================================ the run
@@ -285,13 +226,12 @@ def evaluate(model, rewards, prompts, args, label):
 def prepare(args):
     """Fill in what was left out, check all that needs no diffusion model, then load the rewards that are models.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
-    common.complete(args, DEFAULTS, LIMITS, CHOICES)
-    check_rule(args)
+    run.complete(args)
     if args.shard and not (args.sample_only and shard_of(args.shard)):
         raise InputError(f"--shard {args.shard}: give --sample_only and i/n with i from 1 to n, as in 2/4")
     if args.sample_only:
         args.rounds, args.save_accepted = 1, True
-    return read_task(args)
+    return run.read_task(args)
 
 
 def shard_of(text):
@@ -301,10 +241,9 @@ def shard_of(text):
         return slice(int(i) - 1, None, int(n))
 
 
-def main(args, folder_known):
-    """One run. folder_known(folder) is called as soon as there is a run folder, so that an interruption can say how to continue."""
+def main(args):
     prompts, held_out, rewards = prepare(args)
-    schedule, shard = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed), shard_of(args.shard)
+    schedule, shard = run.schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed), shard_of(args.shard)
     if not schedule[0][shard]:
         raise InputError(f"--shard {args.shard}: a round has only {len(schedule[0])} prompts; take fewer shards")
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
@@ -312,30 +251,14 @@ def main(args, folder_known):
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     if args.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
-    optimizer = common.make_adamw(parameters, args.lr, args.optimizer_8bit)
+    optimizer = make_adamw(parameters, args.lr, args.optimizer_8bit)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    folder = common.make_run_folder(args, "graft", args.model, args.seed)
-    folder_known(folder)
-    kl = estimated_kl(torch.zeros(1, args.samples), args.rule, top_k=args.top_k) if args.rule in RANKING else None
-    print(show.describe(f"GRAFT -> {folder}", args, model, len(schedule[0]), held_out, kl), flush=True)
+    folder = run.make_run_folder(args, "graft", args.model, args.seed)
+    print(run.describe(f"GRAFT -> {folder}", args, model, len(schedule[0]), held_out), flush=True)
 
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
     model.remember(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
-    state = common.load_checkpoint(folder) if args.resume else None
-    if state:
-        for name, parameter in model.lora().items():
-            parameter.data.copy_(state["lora"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    else:
-        state = {"round": 0, "rows": [], "losses": [], "accepted": [], "seconds": 0.0}
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state["round"] + 1)
-    begun = time.perf_counter() - state["seconds"]
-
-    def checkpoint():
-        state.update(lora={n: p.detach().cpu() for n, p in model.lora().items()}, optimizer=optimizer.state_dict())
-        state.update(scaler=scaler.state_dict(), seconds=time.perf_counter() - begun)
-        common.save_checkpoint(folder, state)
+    state, save = run.resume(args, folder, model, optimizer, scaler)  # save() keeps all of these
 
     # ------------------------------------------------------------ BASELINE
     if not args.sample_only:
@@ -354,37 +277,23 @@ def main(args, folder_known):
             with model.lora_off() if args.reference == "base" else model.lora_merged():
                 latents, scores, pictures = sample_and_score(model, rewards[:1], asked, seeds, args, f"sample {r + 1}")
             speed = f"{len(seeds) / (time.perf_counter() - start):.0f} pictures/s, "
-            reward = scores[args.reward]  # (prompts x samples,)
-            table = reward.view(-1, args.samples)  # (prompts, samples)
+            reward = scores[args.reward].view(-1, args.samples)  # (prompts, samples)
 
             # ---------------------------------------------------- ACCEPT
-            options = {"top_k": args.top_k, "threshold": args.threshold, "beta": args.beta}
+            options = {"top_k": args.top_k, "threshold": args.threshold, "beta": args.beta, "reward_max": args.reward_max}
             generator = torch.Generator().manual_seed(derived_seed(args.seed, "accept", r))
             whole = torch.zeros(len(schedule[r]), args.samples)  # rows of other shards only hold the places of their draws
             keys = whole.long().index_copy(0, mine, average_hash(pictures).view(-1, args.samples)) if args.dedup else None
-            whole = whole.index_copy(0, mine, table)
-            mask = accept(whole, args.rule, **options, reward_max=args.reward_max, keys=keys, generator=generator)[mine]
-            groups = table.view(len(table), -1, 2 if args.rule == "preference" else args.samples)  # what a rule ranks
-            flat = (groups.amax(2) == groups.amin(2)) & (args.rule in RANKING)  # no reward differs
-            if not args.accept_flat:
-                mask &= ~flat.repeat_interleave(groups.shape[2], 1)
+            whole = whole.index_copy(0, mine, reward)
+            mask = accept(whole, args.rule, **options, flat=args.accept_flat, keys=keys, generator=generator)[mine]
             index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
-            if len(index) == 0:
-                share = f"{flat.double().mean():.0%} of the groups had equal rewards, the best reward was {reward.max():.4g}"
-                raise InputError(f"--rule {args.rule} accepted nothing: {share}; raise --samples or take another reward")
             accepted = {"latents": latents[index], "prompt": ids[index], "sample": index % args.samples}
-            state["accepted"].append(accepted | {"reward": reward[index]})
-            spread = [diversity(pictures[i : i + args.samples]) for i in range(0, len(pictures), args.samples)]
-            row = {"round": r + 1, "reward_sampled": reward.mean().item(), "reward_accepted": reward[index].mean().item()}
-            row |= {"acceptance_rate": len(index) / len(reward), "flat_groups": flat.double().mean().item()}
-            row |= {"kl": estimated_kl(table, args.rule, **options), "diversity": sum(spread) / len(spread)}
-            row |= {name: values.mean().item() for name, values in scores.items() if name != args.reward}
-            state["rows"].append(row)
+            state["accepted"].append(accepted | {"reward": reward.flatten()[index]})
+            state["rows"].append(run.sampled_row(r + 1, args, reward, index, scores, pictures))
             if args.save_accepted:
-                show.save_accepted(folder / "accepted", model, latents[index], state["accepted"], prompts, args.sample_batch)
-            checkpoint()
+                run.save_accepted(folder / "accepted", model, latents[index], state["accepted"], prompts, args.sample_batch)
+            save()
         if args.sample_only:
-            writer.close()
             print(
                 f"  accepted   {len(state['accepted'][0]['reward'])} of {args.samples} x {len(mine)} pictures -> {folder}/accepted"
             )
@@ -414,10 +323,7 @@ def main(args, folder_known):
                 losses[-1] += loss.item() * len(part) / args.batch
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-            # float16: an infinite gradient is no error while the scale can fall; scaler.step skips the update
-            if not (math.isfinite(losses[-1]) and (math.isfinite(norm) or scaler.get_scale() > 1)):
-                found = f"round {r + 1}, update {update + 1}: loss {losses[-1]}, gradient norm {norm}"
-                raise InputError(f"{found}; lower --lr or use --dtype float32 or bfloat16")
+            run.check_finite(f"round {r + 1}, update {update + 1}", losses[-1], norm, scaler)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -429,22 +335,21 @@ def main(args, folder_known):
             with model.lora_merged():
                 state["tuned"], pictures = evaluate(model, rewards, held_out, args, f"evaluate {r + 1}")
             row["reward_held_out"] = state["tuned"][args.reward].mean().item()
-            show.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
+            run.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
         state["losses"] += losses
         state["round"] = r + 1
         model.save_lora(folder)
-        show.write_metrics(folder, writer, state, base, args.reward)
-        checkpoint()
-        show.print_round(state, args.rounds, speed)
-    writer.close()
+        run.write_metrics(folder, state, base, args.reward)
+        save()
+        run.print_round(state, args.rounds, speed)
 
     # ------------------------------------------------------------ SHOW
-    show.write_results(folder, base, state["tuned"], args.reward, state["seconds"])
+    run.write_results(folder, base, state["tuned"], args.reward, state["seconds"])
     print(f"\n{state['seconds']:.0f} s. In {folder}: the LoRA, results.json, metrics.csv, grid.png, curves.png. To use it:\n")
-    print(f"""{show.stock_code(model)}
+    print(f"""{run.stock_code(model)}
 pipe.load_lora_weights({str(folder.resolve())!r})
-{show.stock_call(model, held_out[0], args)}""")
+{run.stock_call(model, held_out[0], args)}""")
 
 
 if __name__ == "__main__":
-    common.run_script(main, Args)
+    run.run_script(main, Args)

@@ -20,31 +20,25 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import common
-import rewards as show  # what a run prints and writes
-from common import ROOT, InputError, derived_seed
-from rewards import frechet_distance, frechet_features, noise_statistics
+import rewards as run  # arguments, run folder, tables, pictures
+from common import ROOT, check_device, derived_seed, draw_noise
+from rewards import frechet_distance, frechet_features, match_norms
 from shapes import flow as flows
 from shapes import flow_data
 from shapes.flow import Flow, count_flops, fit
 
-AT_LEAST_ONE = "updates max_iterations sample_batch corrector_steps batch checkpoint_every size channels base_updates".split()
-LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**9)) | dict.fromkeys(("lr", "base_lr", "longer_lr"), (1e-12, 1))
-LIMITS |= {"steps": (2, 1000), "pictures": (20, 10**7), "eval_pictures": (20, 10**6), "seed": (0, 2**63 - 1)}
-LIMITS |= {"data_noise": (0, 10), "reference_share": (0.05, 0.95), "grid_power": (0.1, 10), "memory": (0, 20)}
-LIMITS |= {"batch": (1, 10**6), "size": (1, 1024), "tolerance": (1e-7, 1), "max_failed": (0, 1), "held_out": (0.01, 0.9)}
+LIMITS = {"steps": (2, 1000), "pictures": (20, 10**7), "eval_pictures": (20, 10**6), "size": (1, 1024), "channels": (1, 3)}
+LIMITS |= dict.fromkeys(("updates", "base_updates", "max_iterations", "corrector_steps", "checkpoint_every"), (1, 10**9))
+LIMITS |= {"base_lr": (1e-12, 1), "longer_lr": (1e-12, 1), "data_noise": (0, 10), "reference_share": (0.05, 0.95)}
+LIMITS |= {"grid_power": (0.1, 10), "memory": (0, 20), "tolerance": (1e-7, 1), "max_failed": (0, 1), "held_out": (0.01, 0.9)}
 LISTS = {"eval_steps": (int, 1, 10**4), "eval_powers": (float, 0.1, 10), "eval_corrector_steps": (int, 1, 10**4)}
 CHOICES = {"features": ("shapes", "pixels", "inception"), "normalise": ("", "scale", "gaussian")}
-MAIN_ARMS, SHOWN = ("base", "scale only", "gaussian", "corrector"), 8  # rows of grid.png, pictures in each
 MOST_COVARIANCE = 4096  # numbers in a picture; beyond, their covariance would be larger than any model here
 
 
@@ -191,13 +185,6 @@ def gaussian_of(z):
     return {name: part.float() for name, part in law.items()}
 
 
-def match_norms(eps, norms):
-    """eps (n, ...) from N(0, I) with its lengths moved to the law of `norms` (m,), order kept: |eps|^2 is chi-squared."""
-    length = eps.flatten(1).norm(dim=1)  # (n,)
-    quantile = torch.special.gammainc(torch.tensor(eps[0].numel() / 2).to(length), length.square() / 2)
-    return eps * (torch.quantile(norms, quantile) / length).view(-1, *[1] * (eps.dim() - 1))
-
-
 # ================================================================ corrector
 
 
@@ -239,8 +226,8 @@ class Corrector:
         self.network.save_pretrained(folder)
         if self.law:
             law = safetensors.torch.save({name: part.cpu() for name, part in self.law.items()})
-            common.write_atomically(folder / "law.safetensors", law)
-        common.write_atomically(folder / "corrector.json", json.dumps(self.settings, indent=2) + "\n")
+            run.write_atomically(folder / "law.safetensors", law)
+        run.write_atomically(folder / "corrector.json", json.dumps(self.settings, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder, network, scheduler):
@@ -248,40 +235,19 @@ class Corrector:
         InputError if it was learnt for another network or grid."""
         from diffusers import AutoModel
 
-        folder = Path(folder)
-        if not (folder / "corrector.json").is_file():
-            raise InputError(f"{folder}: holds no corrector (no corrector.json)")
-        settings = json.loads((folder / "corrector.json").read_text(encoding="utf-8"))
-        if flows.model_hash(network) != settings["model_hash"]:
-            raise InputError(f"{folder}: this corrector was learnt for another model; learn one for this model")
-        given = scheduler.sigmas.tolist()
-        levels = [sigma * scheduler.config.num_train_timesteps for sigma in given[:-1]]
-        if given != settings["sigmas"] or not np.allclose(levels, settings["timesteps"]):
-            asked = flows.asked_levels(settings["steps"], settings["grid_power"])
-            raise InputError(
-                f"{folder}: this corrector was learnt for the {settings['steps']} steps in corrector.json, the scheduler is set to "
-                f"{len(given) - 1} others: call scheduler.set_timesteps(sigmas={asked}) first"
-            )
+        settings = flows.read_settings(Path(folder), network, scheduler)
         device = str(next(network.parameters()).device)
         gaussian = settings["normalise"] == "gaussian"
-        law = safetensors.torch.load_file(folder / "law.safetensors", device) if gaussian else {}
+        law = safetensors.torch.load_file(Path(folder) / "law.safetensors", device) if gaussian else {}
         return cls(AutoModel.from_pretrained(str(folder)).to(device).requires_grad_(False), settings, law)
-
-
-def draw_noise(seeds, shape):
-    """eps (n, *shape), one CPU generator for each seed."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-
-
-# ================================================================ the phases
 
 
 def invert_pictures(flow, pictures, sigmas, args, folder):
     """Equation (2) for all pictures, a file in folder/inversion per batch. Returns (noises of the converged (n, *shape), report)."""
     (folder / "inversion").mkdir(exist_ok=True)
-    parts, failed = [], 0
+    parts = []
     for i in tqdm(range(0, len(pictures), args.sample_batch), desc="invert", unit="batch", leave=False, mininterval=1):
-        part = common.load_checkpoint(folder, f"inversion/{i:06d}.pt")
+        part = run.load_checkpoint(folder, f"inversion/{i:06d}.pt")
         if not part:
             x = pictures[i : i + args.sample_batch].to(args.device)
             found = euler_invert(flow.velocity, x, sigmas, args.max_iterations, args.tolerance, args.memory)
@@ -291,50 +257,30 @@ def invert_pictures(flow, pictures, sigmas, args, folder):
             part |= {"iterations": torch.tensor(found.iterations), "contraction": torch.tensor(found.contraction)}
             part["counts"] = torch.tensor([len(x), found.calls])
             part = {k: v.cpu().contiguous() for k, v in part.items()}
-            common.save_checkpoint(folder, part, f"inversion/{i:06d}.pt")
+            run.save_checkpoint(folder, part, f"inversion/{i:06d}.pt")
         parts.append(part)
-        failed += parts[-1]["counts"][0].item() - len(parts[-1]["noise"])
-        if failed > args.max_failed * len(pictures):
-            worst = torch.stack([p["contraction"] for p in parts]).nanmean(0)
-            raise InputError(
-                f"{failed} of the first {min(i + args.sample_batch, len(pictures))} pictures could not be inverted (median contraction "
-                f"of the steps {', '.join(f'{c:.2f}' for c in worst)}; the smaller the better, with --memory 0 below 1): use more --steps, "
-                f"more --data_noise, a --grid_power above 1 or more --max_iterations"
-            )
-    joined = {name: torch.cat([part[name] for part in parts]) for name in ("noise", "error", "residual")}
-    if len(joined["noise"]) < 20:
-        raise InputError(f"only {len(joined['noise'])} pictures could be inverted: give more")
-    report = {"pictures": len(pictures), "left_out": failed, "calls": sum(part["counts"][1].item() for part in parts)}
-    report |= {"largest_residual": joined["residual"].max().item(), "round_trip_error": joined["error"].mean().item()}
-    report["largest_round_trip_error"] = joined["error"].max().item()
-    report["iterations"] = torch.stack([part["iterations"] for part in parts]).double().mean(0).tolist()
-    report["contraction"] = torch.stack([part["contraction"] for part in parts]).double().nanmean(0).tolist()
-    return joined["noise"], report
+        run.check_inverted(parts, args.max_failed * len(pictures))
+    return torch.cat([part["noise"] for part in parts]), run.inversion_report(parts)
 
 
 def train_corrector(corrector, held, learnt_from, args, state, save):
     """Fit equation (3) to the noises learnt_from (n, *shape); the network ends with the averaged weights whose loss on the noises held
     (m, *shape) was least. state: {} or what save() stored. Returns the floating-point operations."""
-    network, held, learnt_from = (
-        corrector.network,
-        corrector.standardise(held),
-        corrector.standardise(learnt_from),
-    )  # from here on w
+    network = corrector.network
+    held, learnt_from = corrector.standardise(held), corrector.standardise(learnt_from)  # from here on w
 
-    def loss_of(w, generator):
+    def loss(generator, w=None):
+        w = learnt_from[torch.randint(len(learnt_from), (args.batch,), generator=generator)] if w is None else w
         eps = torch.randn(w.shape, generator=generator).to(args.device)
         t = torch.rand(len(w), generator=generator).to(args.device)
         y, target = interpolant(eps, w, t)
         return (corrector.velocity(y, t) - target).square().mean()
 
-    def loss(generator):
-        return loss_of(learnt_from[torch.randint(len(learnt_from), (args.batch,), generator=generator)], generator)
-
     @torch.no_grad()
     def held_out():
         generator = torch.Generator().manual_seed(derived_seed("held out"))
         parts = held.repeat(4, 1, 1, 1).split(args.sample_batch)  # four draws of eps and t for each
-        return sum(loss_of(part, generator).item() * len(part) for part in parts) / (4 * len(held))
+        return sum(loss(generator, part).item() * len(part) for part in parts) / (4 * len(held))
 
     if not state:
         state.update(best=held_out(), final=copy.deepcopy(network.state_dict()))
@@ -354,18 +300,17 @@ def train_corrector(corrector, held, learnt_from, args, state, save):
 
 
 def evaluate(flow, start, sigmas, reference, features, args):
-    """Sample args.eval_pictures from start(eps), fixed seeds. Returns {"fd", "flops" and "seconds" of a picture, "pictures": some}."""
+    """Sample args.eval_pictures from start(eps), fixed seeds. Returns {"fd", "flops" and "seconds" of a picture, "pictures": eight}."""
     pictures, seconds = [], 0.0
-    for i in range(0, args.eval_pictures, args.sample_batch):
-        numbers = range(i, min(i + args.sample_batch, args.eval_pictures))
-        eps = draw_noise([derived_seed("eval", number) for number in numbers], flow.shape).to(args.device)
-        begun = time.perf_counter()
+    seeds = [derived_seed("eval", number) for number in range(args.eval_pictures)]
+    for part in draw_noise(seeds, 0, flow.shape, torch.float32)[0].split(args.sample_batch):
+        eps, begun = part.to(args.device), time.perf_counter()
         pictures.append(euler_sample(flow.velocity, start(eps), sigmas).cpu())
         seconds += time.perf_counter() - begun
     pictures = torch.cat(pictures)
     fd = frechet_distance(reference, features(pictures)) if pictures.isfinite().all() else math.nan
     flops = count_flops(lambda: euler_sample(flow.velocity, start(eps[:1]), sigmas))
-    return {"fd": fd, "flops": flops, "seconds": seconds / len(pictures), "pictures": pictures[:SHOWN].clone()}
+    return {"fd": fd, "flops": flops, "seconds": seconds / len(pictures), "pictures": pictures[:8].clone()}
 
 
 # ================================================================ the run
@@ -374,32 +319,18 @@ def evaluate(flow, start, sigmas, reference, features, args):
 def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
     Returns (shape of a picture, files of --data, {setting of LISTS: its numbers})."""
-    args.device = common.check_device(args.device, "float32")
-    common.check_output(args.output, args.resume)
-    inception = find_spec("torch_fidelity") is not None
-    args.features = args.features or ("shapes" if not args.data else "inception" if inception else "pixels")
-    common.check_tables(args, LIMITS, CHOICES)
-    lists = {name: common.numbers(args, name, *limits) for name, limits in LISTS.items()}
+    run.check_output(args.output, args.resume)
+    args.device = check_device(args.device, "float32")
+    args.features = args.features or run.default_features(args.data)
+    run.check_tables(args, LIMITS, CHOICES)
+    lists = {name: run.numbers(args, name, *limits) for name, limits in LISTS.items()}
     shape = (args.channels, args.size, args.size) if args.train_base else flows.check_flow(args.model)
-    flows.check_network(args.corrector_network, shape[1], "--corrector_network")
-    if args.train_base:
-        flows.check_network(args.base_network, shape[1], "--base_network")
-    if shape[0] not in (1, 3):
-        raise InputError(f"--channels {shape[0]}: must be 1 (grey) or 3 (RGB)")
-    d = math.prod(shape)
-    if args.normalise == "gaussian" and d > MOST_COVARIANCE:
-        raise InputError(f"--normalise gaussian: {d} numbers in a picture are too many, {MOST_COVARIANCE} at most; take scale")
-    world = flow_data.WORLD
-    if not args.data and shape != world:
-        raise InputError(f"--data: the embedded pictures are {world}, the model's {shape}; give a folder of pictures")
-    if args.features == "shapes" and shape != world:
-        raise InputError(f"--features shapes: judges pictures of shape {world} only, not {shape}; use pixels or inception")
-    if args.features == "inception" and not inception:
-        raise InputError("--features inception: needs the package torch-fidelity (pip install torch-fidelity), or use pixels")
+    flows.check_networks(args, shape)
+    run.check_pictures(args, shape, MOST_COVARIANCE)
     return shape, flow_data.find_pictures(args.data, args.reference_share), lists
 
 
-def main(args, folder_known):
+def main(args):
     shape, files, lists = prepare(args)
     # each (n, c, h, w): "invert" to learn from, "train" for --train_base and --longer, "reference" for the Frechet distance,
     # "floor": other pictures, whose distance from the reference is what perfect samples would have
@@ -408,19 +339,18 @@ def main(args, folder_known):
     torch.manual_seed(args.seed)
     flow = Flow.new(args.base_network, shape, args.device) if args.train_base else Flow.load(args.model, args.device)
     sigmas = flow.grid(args.steps, args.grid_power)
-    folder = common.make_run_folder(args, "inverse_noise_correction", "own" if args.train_base else args.model, args.seed)
-    folder_known(folder)
-    state = common.load_checkpoint(folder) if args.resume else None
+    folder = run.make_run_folder(args, "inverse_noise_correction", "own" if args.train_base else args.model, args.seed)
+    state = run.load_checkpoint(folder) if args.resume else None
     state = state or {"base": {}, "corrector": {}, "longer": {}, "rows": [], "seconds": 0.0}
     begun = time.perf_counter() - state["seconds"]
 
     def checkpoint():
         state["seconds"] = time.perf_counter() - begun
-        common.save_checkpoint(folder, state)
+        run.save_checkpoint(folder, state)
 
     torch.manual_seed(args.seed)
     network = flows.new_network(args.corrector_network, shape[1], shape[0] + 1, 2 * shape[0], zero=True).to(args.device)
-    print(show.describe_correction(args, flow, network, pictures, folder), flush=True)
+    print(run.describe_correction(args, flow, network, pictures, folder), flush=True)
 
     # ------------------------------------------------------------ BASE
     if args.train_base:
@@ -429,16 +359,14 @@ def main(args, folder_known):
             checkpoint()
         flow.save(folder / "flow")
         args.model = str(folder / "flow")
-        print(f"  base       trained, loss {np.mean(trained['losses'][-200:]):.4f}", flush=True)
+        print(f"  base       trained, loss {torch.tensor(trained['losses'][-200:]).mean():.4f}", flush=True)
 
     # ------------------------------------------------------------ INVERT
     one = torch.zeros(1, *shape).to(args.device)  # a picture, to count operations
     call = count_flops(lambda: flow.velocity(one, sigmas[:1]))  # FLOPs of a model call
     noises, report = invert_pictures(flow, pictures["invert"], sigmas, args, folder)
     report["flops"] = report["calls"] * call
-    contraction = ", ".join(f"{c:.2f}" for c in report["contraction"])
-    error, left_out = f"|T(z) - x| {report['round_trip_error']:.1e}", f"{report['left_out']} of {report['pictures']} left out"
-    print(f"  inverted   {left_out}, {report['calls']} model calls, {error}, median contraction {contraction}", flush=True)
+    run.print_inversion(report)
 
     # ------------------------------------------------------------ CORRECT
     count = max(10, round(args.held_out * len(noises)))
@@ -452,17 +380,12 @@ def main(args, folder_known):
     settings |= {"corrector_steps": args.corrector_steps, "normalise": args.normalise}
     corrector = Corrector(network, settings, law if args.normalise == "gaussian" else {})
     learnt = state["corrector"]
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=learnt.get("update", 0) + 1)
 
     def log():
-        show.write_csv(folder / "metrics.csv", learnt["rows"])
-        for name, value in learnt["rows"][-1].items():
-            writer.add_scalar(name, value, learnt["update"])
-        writer.flush()
+        run.log(folder, learnt["rows"], learnt["update"], time.perf_counter() - begun)
         checkpoint()
 
     cost = {"inversion": report["flops"], "corrector": train_corrector(corrector, held, learnt_from, args, learnt, log)}
-    writer.close()
     corrector.save(folder / "corrector")
     best, identity = learnt["best"], learnt["rows"][0]["held_out"]
     print(f"  corrector  held-out loss {best:.4f}, {identity:.4f} with velocity 0", flush=True)
@@ -504,29 +427,20 @@ def main(args, folder_known):
         checkpoint()
 
     # ------------------------------------------------------------ SHOW
-    drawn = {"inverted": noises, "standard": draw_noise([derived_seed("statistics", i) for i in range(len(noises))], shape)}
+    seeds = [derived_seed("statistics", i) for i in range(len(noises))]
+    drawn = {"inverted": noises, "standard": draw_noise(seeds, 0, shape, torch.float32)[0]}
     parts = [part.to(args.device) for part in drawn["standard"].split(args.sample_batch)]
-    drawn |= {
-        name: torch.cat([starts[name](part).cpu() for part in parts]) for name in ("gaussian", "corrector") if name in starts
-    }
+    for name in [name for name in ("gaussian", "corrector") if name in starts]:
+        drawn[name] = torch.cat([starts[name](part).cpu() for part in parts])
     checkpoint()
-    rows = state["rows"]
-    results = {"table": [{k: row[k] for k in ("arm", "steps", "fd", "flops")} for row in rows], "floor": floor}
-    results |= {"steps": n, "matched_steps": matched, "inversion": report, "scale": scale, "training_flops": cost}
+    results = {"floor": floor, "steps": n, "matched_steps": matched, "inversion": report, "scale": scale}
+    results |= {"training_flops": cost, "seconds": {"total": state["seconds"]}}
     results["corrector"] = {"held_out": best, "identity": identity, "flops": corrected - n * call}
-    results["noise"] = {name: noise_statistics(z) for name, z in drawn.items()}
-    results["seconds"] = {"total": state["seconds"], "per_picture": [row["seconds"] for row in rows]}
-    common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    show.save_frechet_curve(folder / "curve.png", results["table"], floor)
-    show.save_noises(folder / "noise.png", drawn, results["noise"])
-    strips = {"data": pictures["floor"][:SHOWN]}
-    strips |= {f"{row['arm']}, {row['steps']} steps": row["pictures"] for row in rows if row["arm"] in MAIN_ARMS}
-    show.save_strips(folder / "grid.png", strips | {f"noise: {name}": z[:SHOWN] / 3 for name, z in drawn.items()})
-    show.print_correction(results)
+    run.show_correction(folder, results, state["rows"], drawn, pictures["floor"])
     files = "corrector/, results.json, metrics.csv, curve.png, grid.png, noise.png"
     print(f"\n{state['seconds']:.0f} s. In {folder}: {files}. To use the corrector:\n")
-    print(show.corrector_code(args, flow, folder / "corrector"))
+    print(run.corrector_code(args, flow, folder / "corrector"))
 
 
 if __name__ == "__main__":
-    common.run_script(main, Args)
+    run.run_script(main, Args)

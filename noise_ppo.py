@@ -26,35 +26,21 @@ import safetensors.torch
 import torch
 
 try:  # training needs these; to load and use what was learnt this file is enough
-    from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
-    import common
-    import rewards as show  # what a run prints and writes
-    from common import DTYPES, InputError, Model, derived_seed
-    from rewards import diversity, image_statistics, paired_table, read_task, schedule_prompts, score
+    import rewards as run  # arguments, run folder, tables, pictures
+    from common import DTYPES, InputError, Model, derived_seed, draw_noise
+    from rewards import diversity, explained_variance, image_statistics, score
 except ImportError:
     if __name__ == "__main__":
         raise
 
 ROOT = Path(__file__).resolve().parent
 TEMPERATURES = (0.4, 0.6, 0.8, 1.0)  # the control s eps: the best s on training prompts
-DEFAULTS = {  # settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3 (the stock call's own)
-    "reward": ("shapes_strict", *["jpeg_compressibility"] * 3),
-    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", *["jpeg_compressibility"] * 3),
-    "guidance": (1.0, 7.5, 5.0, 7.0),
-    "clip": (1e-3, 1e-4, 1e-4, 1e-4),
-    "sample_batch": (64, 8, 4, 4),
-}
-AT_LEAST_ONE = "iterations prompts_per_iteration samples guidance sample_batch epochs minibatch hidden grid".split()
-LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**6)) | {"samples": (2, 10**4), "steps": (1, 999), "eval_samples": (2, 10**4)}
-LIMITS |= {"iterations": (1, 10**5), "epochs": (1, 10**4), "hidden": (1, 10**4)}
-LIMITS |= {"eval_every": (0, 10**9), "seed": (0, 2**63 - 1), "lr": (1e-12, 1), "clip": (1e-9, 1e9), "kl_weight": (0, 1e9)}
-CHOICES = {
-    "policy": ("conditional", "unconditional"),
-    "normalise": ("batch", "prompt", "none"),
-    "reduction": ("mean", "sum"),
-}
+DEFAULTS = {"clip": (1e-3, 1e-4, 1e-4, 1e-4)}  # of the embedded model, SD 1.x and 2.x, SD XL, SD 3
+LIMITS = {"samples": (2, 10**4), "iterations": (1, 10**5), "prompts_per_iteration": (1, 10**6), "hidden": (1, 10**4)}
+LIMITS |= {"minibatch": (1, 10**6), "kl_weight": (0, 1e9), "grid": (1, 10**6)}
+CHOICES = {"policy": ("conditional", "unconditional"), "normalise": ("batch", "prompt", "none"), "reduction": ("mean", "sum")}
 
 
 @dataclass
@@ -140,10 +126,8 @@ def advantages(rewards, prompt_ids, normalise="batch"):
         return (torch.zeros_like(values[: len(count)]).index_add(0, place, values) / count)[place]
 
     centred = rewards - prompt_mean(rewards)
-    square = {"batch": centred.square().mean(), "prompt": prompt_mean(centred.square()), "none": torch.ones_like(rewards)}[
-        normalise
-    ]
-    return centred / square.sqrt().clamp(min=1e-6)
+    square = {"batch": centred.square().mean(), "prompt": prompt_mean(centred.square()), "none": torch.ones(())}
+    return centred / square[normalise].sqrt().clamp(min=1e-6)
 
 
 # ================================================================ policy
@@ -209,8 +193,8 @@ class NoisePolicy(torch.nn.Module):
     def save(self, folder, settings):
         """Write policy.safetensors and noise_ppo.json; settings["policy"] holds the arguments of this class."""
         weights = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
-        common.write_atomically(Path(folder) / "policy.safetensors", safetensors.torch.save(weights))
-        common.write_atomically(Path(folder) / "noise_ppo.json", json.dumps(settings, indent=2) + "\n")
+        run.write_atomically(Path(folder) / "policy.safetensors", safetensors.torch.save(weights))
+        run.write_atomically(Path(folder) / "noise_ppo.json", json.dumps(settings, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder, pipe):
@@ -221,7 +205,7 @@ class NoisePolicy(torch.nn.Module):
         return policy.to(pipe.device).requires_grad_(False)
 
 
-# ================================================================ sampling
+# ================================================================ sampling, evaluation
 
 
 def guided_prediction(model, x, t, text, guidance):
@@ -231,11 +215,6 @@ def guided_prediction(model, x, t, text, guidance):
     text = torch.cat([model.empty.expand_as(text), text])
     unconditional, conditional = model.predict(x.repeat(2, 1, 1, 1), t, text).chunk(2)
     return unconditional + guidance * (conditional - unconditional)
-
-
-def draw_noise(seeds, shape, dtype):
-    """eps (batch, *shape), one CPU generator for each seed, as the stock pipeline draws it."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s), dtype=dtype) for s in seeds])
 
 
 @torch.no_grad()
@@ -272,26 +251,23 @@ def sample(model, z, text, steps, guidance, switch=None):
 
 def sample_and_score(model, rewards, prompts, z, steps, args, label, statistics=False):
     """Pictures of the prompts (n) from the initial noises z (n, c, h, w), a batch at a time.
-    Returns {reward or statistic: (n,)} and the pictures, all but the first 24 at most 64 x 64 pixels."""
+    Returns {reward or statistic: (n,)} and the pictures, small but for those of grid.png."""
     scores, pictures = [], []
     for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
         part = slice(i, i + args.sample_batch)
         x_0 = sample(model, z[part], model.encode(prompts[part]), steps, args.guidance, args.switch_timestep)
         images = model.decode(x_0, label)
         scores.append(score(rewards, images, prompts[part]) | (image_statistics(images) if statistics else {}))
-        pictures += [p if i + j < 24 else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
+        pictures += run.kept(images, i)
     return {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, pictures
-
-
-# ================================================================ evaluation
 
 
 def evaluate(model, rewards, prompts, mean, log_std, steps, args, label):
     """Fixed prompts x fixed seeds, equation (1); mean, log_std: (prompts or 1, c, h, w).
-    Returns {metric: (prompts,), the mean over a prompt's pictures; best_of_m: of rewards[0]} and the first 24 pictures."""
+    Returns {metric: (prompts,), the mean over a prompt's pictures; best_of_m: of rewards[0]} and the pictures of grid.png."""
     n = args.eval_samples
     seeds = [derived_seed("eval", i, j) for i in range(len(prompts)) for j in range(n)]
-    eps = draw_noise(seeds, model.latent_shape, model.dtype).unflatten(0, (-1, n))  # (prompts, n, c, h, w)
+    eps = draw_noise(seeds, 0, model.latent_shape, model.dtype)[0].unflatten(0, (-1, n))  # (prompts, n, c, h, w)
     z = (mean.cpu()[:, None] + log_std.exp().cpu()[:, None] * eps).flatten(0, 1)
     repeated = [p for p in prompts for _ in range(n)]
     scores, pictures = sample_and_score(model, rewards, repeated, z, steps, args, label, statistics=True)
@@ -299,12 +275,12 @@ def evaluate(model, rewards, prompts, mean, log_std, steps, args, label):
     means["diversity"] = torch.tensor([diversity(pictures[i * n : i * n + n]) for i in range(len(prompts))])
     best = scores[rewards[0].spec].view(-1, n)
     means |= {f"best_of_{m}": best.view(-1, n // m, m).amax(2).mean(1) for m in (2, 4, 8) if n % m == 0}
-    return means, pictures[:24]
+    return means, pictures[: run.SHOWN]
 
 
 def final_evaluation(model, policy, rewards, prompts, held_out, args):
     """Standard noise, the policy and the controls at every number of steps, on the same seeds.
-    Returns (results, {name: first 24 pictures at args.steps})."""
+    Returns (results, {name: pictures of grid.png, at args.steps})."""
     zero = torch.zeros(1, *model.latent_shape)
     with torch.no_grad():
         laws = {"standard": (zero, zero), "learnt": policy(read(model, held_out))}  # name: (mean, log_std)
@@ -320,7 +296,7 @@ def final_evaluation(model, policy, rewards, prompts, held_out, args):
         laws["temperature"] = (zero, zero + math.log(results["temperature"]))
         laws |= {"one_for_all": over_prompts} if args.policy == "conditional" else {}
     results["by_steps"], pictures = [], {}
-    for steps in sorted({args.steps, *common.numbers(args, "eval_steps", int, 1, 999)}):
+    for steps in sorted({args.steps, *run.numbers(args, "eval_steps", int, 1, 999)}):
         found = {}
         for name, (mean, log_std) in laws.items():
             if name == "temperature" and results[name] == 1:
@@ -329,14 +305,8 @@ def final_evaluation(model, policy, rewards, prompts, held_out, args):
             found[name], shown = evaluate(model, rewards, held_out, mean, log_std, steps, args, f"{steps} steps, {name}")
             if steps == args.steps:
                 pictures[name] = shown
-        table = paired_table(found["standard"], found["learnt"], ("standard", "learnt", "gain"))
-        row = {"steps": steps, "calls": steps * (2 if args.guidance > 1 else 1)}
-        row |= {key: table[0][key] for key in ("standard", "learnt", "gain", "se")}
-        row |= {name: means[args.reward].mean().item() for name, means in found.items() if name not in row}
-        row |= {name: values.mean().item() for name, values in found["standard"].items() if name.startswith("best_of")}
-        row["diversity_kept"] = (found["learnt"]["diversity"].mean() / found["standard"]["diversity"].mean()).item()
-        row["means"] = {name: {k: v.mean().item() for k, v in means.items()} for name, means in found.items()}
-        results["by_steps"].append(row)
+        table = run.paired_table(found["standard"], found["learnt"], ("standard", "learnt", "gain"))
+        results["by_steps"].append(run.steps_row(steps, found, table, args))
         if steps == args.steps:
             results["table"] = table
     return results, pictures
@@ -345,72 +315,18 @@ def final_evaluation(model, policy, rewards, prompts, held_out, args):
 # ================================================================ the run
 
 
-def explained_variance(rewards, samples):
-    """1 - Var(r - baseline) / Var(r), the baseline being the mean of the prompt's other pictures. rewards: (prompts x samples,)."""
-    group = rewards.view(-1, samples)
-    residual = (group - group.mean(1, keepdim=True)) * samples / (samples - 1)
-    return 1 - (residual.square().mean() / rewards.var(correction=0)).item()
-
-
-@torch.no_grad()
-def policy_statistics(policy, text, z, old_mean, old_log_std):
-    """What an update did. text: (n, tokens, width), z and the law that drew it: (n, c, h, w)."""
-    mean, log_std = policy(text)
-    log_ratio = log_prob(z, mean, log_std, "sum") - log_prob(z, old_mean, old_log_std, "sum")  # (n,) nats
-    return {
-        "approximate_kl": 0.5 * log_ratio.square().mean().item(),  # KL(old || new) in nats, to second order
-        "kl_per_dimension": kl_to_standard_normal(mean, log_std).mean().item() / z[0].numel(),
-        "mean_rms": mean.square().mean().sqrt().item(),
-        "mean_rms_own": (mean - mean.mean(0)).square().mean().sqrt().item(),  # what is the prompt's own, not shared by all
-        "std": log_std.exp().mean().item(),
-        "std_spread": log_std.exp().std().item(),
-    }
-
-
 def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
-    common.complete(args, DEFAULTS, LIMITS, CHOICES)
-    common.numbers(args, "eval_steps", int, 1, 999)
+    run.complete(args, DEFAULTS, LIMITS, CHOICES)
+    run.numbers(args, "eval_steps", int, 1, 999)
     if args.mean_only and args.std_only:
         raise InputError("--mean_only --std_only: nothing is left to learn; give --no-mean_only with --std_only")
-    if args.lora:
-        read_lora(args)
-    elif args.switch_timestep is not None:
-        raise InputError(f"--switch_timestep {args.switch_timestep:g}: is of a LoRA; give --lora, the folder of its run")
-    return read_task(args)
+    run.read_lora(args)
+    return run.read_task(args)
 
 
-def read_lora(args):
-    """Check --lora and fill in --switch_timestep: that of the run's pgraft.json, else -1 (the LoRA is on in all steps)."""
-    folder = Path(args.lora)
-    if not (folder / common.LORA_FILE).is_file():
-        raise InputError(
-            f"--lora {args.lora}: has no {common.LORA_FILE}; give the folder of a finished graft.py or pgraft.py run"
-        )
-    if args.switch_timestep is None:
-        switched = (folder / "pgraft.json").is_file()
-        args.switch_timestep = common.read_switch(folder, "--switch_timestep")["switch_timestep"] if switched else -1.0
-    if not -1 <= args.switch_timestep <= 999:
-        raise InputError(f"--switch_timestep {args.switch_timestep:g}: must be between -1 and 999")
-
-
-def describe(args, model, policy, per_iteration, held_out, folder):
-    """The checked, derived settings."""
-    pictures, numbers = per_iteration * args.samples, sum(p.numel() for p in policy.parameters())
-    share = numbers / sum(p.numel() for p in model.denoiser.parameters())
-    learns = "sigma stays 1" if args.mean_only else "mu stays 0" if args.std_only else "mu and sigma"
-    return f"""Noise PPO -> {folder}
-  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}, frozen{f", with the LoRA of {args.lora}" if args.lora else ""}
-  policy     {args.policy}, {learns}: {numbers:,} parameters, {share:.1%} of the denoiser's; noise {tuple(model.latent_shape)}
-  sampling   {args.iterations} iterations x {per_iteration} prompts x {args.samples} = {args.iterations * pictures} pictures, \
-{args.steps} steps, guidance {args.guidance:g}, reward {args.reward}
-  update     {args.epochs} epochs in minibatches of {min(args.minibatch, pictures)}, clip {args.clip:g} on the ratio of the \
-{args.reduction} log-density, KL weight {args.kl_weight:g}, lr {args.lr:g}
-  evaluation {len(held_out)} held-out prompts x {args.eval_samples} pictures at {args.eval_steps} steps, the same seeds for all noises"""
-
-
-def main(args, folder_known):
+def main(args):
     prompts, held_out, rewards = prepare(args)
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
     if args.lora:
@@ -419,13 +335,11 @@ def main(args, folder_known):
     if model.prediction_type != "flow":
         spacing = {"timestep_spacing": "trailing", "clip_sample": False}
         model.pipeline.scheduler = scheduler.from_config(scheduler.config, **spacing)
-        for flag, steps in [
-            ("steps", args.steps),
-            *(("eval_steps", steps) for steps in common.numbers(args, "eval_steps", int, 1, 999)),
-        ]:
+        for steps in (args.steps, *run.numbers(args, "eval_steps", int, 1, 999)):
             if model.train_timesteps % steps:
+                flag = "steps" if steps == args.steps else "eval_steps"
                 raise InputError(f"--{flag} {steps}: must divide the model's {model.train_timesteps} training steps")
-    schedule = schedule_prompts(len(prompts), args.prompts_per_iteration, args.iterations, args.seed)
+    schedule = run.schedule_prompts(len(prompts), args.prompts_per_iteration, args.iterations, args.seed)
     used = [prompts[i] for i in sorted({i for part in schedule for i in part})]
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
     model.remember(["", *held_out, *used])
@@ -436,17 +350,15 @@ def main(args, folder_known):
     policy = NoisePolicy(**shape).to(args.device)
     policy.standardise(read(model, used))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
-    folder = common.make_run_folder(args, "noise_ppo", args.model, args.seed)
-    folder_known(folder)
-    print(describe(args, model, policy, len(schedule[0]), held_out, folder), flush=True)
+    folder = run.make_run_folder(args, "noise_ppo", args.model, args.seed)
+    print(run.describe_noise(args, model, policy, len(schedule[0]), held_out, folder), flush=True)
 
-    state = common.load_checkpoint(folder) if args.resume else None
+    state = run.load_checkpoint(folder) if args.resume else None
     if state:
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
     else:
         state = {"iteration": 0, "rows": [], "seconds": 0.0}
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state["iteration"] + 1)
     begun = time.perf_counter() - state["seconds"]
     settings = {"policy": shape, "model": args.model, "steps": args.steps, "guidance": args.guidance, "reward": args.reward}
     settings |= {"lora": str(Path(args.lora).resolve()), "switch_timestep": args.switch_timestep} if args.lora else {}
@@ -454,7 +366,7 @@ def main(args, folder_known):
 
     def checkpoint():
         state.update(policy=policy.state_dict(), optimizer=optimizer.state_dict(), seconds=time.perf_counter() - begun)
-        common.save_checkpoint(folder, state)
+        run.save_checkpoint(folder, state)
 
     # ------------------------------------------------------------ BASELINE
     zero = torch.zeros(1, *model.latent_shape)
@@ -469,7 +381,7 @@ def main(args, folder_known):
         text = read(model, asked)  # (n, tokens, width)
         with torch.no_grad():
             old_mean, old_log_std = policy(text)  # (n, c, h, w)
-            z = old_mean + old_log_std.exp() * draw_noise(seeds, model.latent_shape, torch.float32).to(args.device)
+            z = old_mean + old_log_std.exp() * draw_noise(seeds, 0, model.latent_shape, torch.float32)[0].to(args.device)
             old = log_prob(z, old_mean, old_log_std, args.reduction)  # (n,)
 
         # -------------------------------------------------------- SCORE
@@ -499,9 +411,13 @@ def main(args, folder_known):
         row = {"iteration": it + 1, "reward": reward.mean().item(), "loss": sum(losses) / len(losses)}
         row |= {"clip_fraction": sum(clipped) / len(clipped), "explained_variance": explained_variance(reward, args.samples)}
         row |= {name: values.mean().item() for name, values in scores.items() if name != args.reward}  # parts of a sum
-        row |= policy_statistics(policy, text, z, old_mean, old_log_std) | {"reward_held_out": math.nan}
-        last = it + 1 == args.iterations
-        if last or args.eval_every and (it + 1) % args.eval_every == 0:
+        with torch.no_grad():
+            mean, log_std = policy(text)
+            log_ratio = log_prob(z, mean, log_std, "sum") - log_prob(z, old_mean, old_log_std, "sum")  # (n,) nats
+        row |= run.policy_statistics(mean, log_std, log_ratio, kl_to_standard_normal(mean, log_std)) | {
+            "reward_held_out": math.nan
+        }
+        if it + 1 == args.iterations or args.eval_every and (it + 1) % args.eval_every == 0:
             with torch.no_grad():
                 law = policy(read(model, held_out))
             means, _ = evaluate(model, rewards[:1], held_out, *law, args.steps, args, f"evaluate {it + 1}")
@@ -509,41 +425,22 @@ def main(args, folder_known):
             policy.save(folder, settings)
         state["rows"].append(row)
         state["iteration"] = it + 1
-        show.write_csv(folder / "metrics.csv", state["rows"])
-        for name, value in row.items():
-            writer.add_scalar(name, value, it + 1)
+        run.log(folder, state["rows"], it + 1, time.perf_counter() - begun)
         checkpoint()
         if not math.isnan(row["reward_held_out"]):
-            left = (time.perf_counter() - begun) / (it + 1) * (args.iterations - it - 1)
-            rewarded = f"reward {row['reward']:.3f}, held-out {row['reward_held_out']:.3f}"
-            moved = f"clipped {row['clip_fraction']:.0%}, KL {row['kl_per_dimension']:.3f} a dimension"
-            print(f"  iteration {it + 1}/{args.iterations}  {rewarded}, {moved}, {left:.0f} s left", flush=True)
-    writer.close()
+            run.print_iteration(row, args.iterations, time.perf_counter() - begun)
 
     # ------------------------------------------------------------ FINAL EVALUATION, SHOW
     results, pictures = final_evaluation(model, policy, rewards, prompts, held_out, args)
-    state["seconds"] = time.perf_counter() - begun
-    results["seconds"] = state["seconds"]
-    common.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    title = "learnt noise, same random draws (standard noise on the left)"
-    show.save_grid(folder / "grid.png", pictures["standard"], pictures["learnt"], held_out, args.eval_samples, title)
-    show.show_steps(folder, state["rows"], results, args)
-    lora, callback = "", ""
-    if args.lora:
-        lora = f"\npipe.load_lora_weights({str(Path(args.lora).resolve())!r})"
-    if args.lora and args.switch_timestep >= 0:
-        callback = ", callback_on_step_end=base_from_the_switch_on"
-        lora += "\n\n" + show.stock_switch(f"{args.switch_timestep:g}")
-    print(f"""
-{state["seconds"]:.0f} s. In {folder}: the policy, results.json, metrics.csv, gain.png, grid.png, curves.png.
-To use it (of this repository only noise_ppo.py is needed):
-
-{show.stock_code(model, 'timestep_spacing="trailing", ')}{lora}
-import sys; sys.path.insert(0, {str(ROOT)!r}); from noise_ppo import NoisePolicy
-policy = NoisePolicy.load({str(folder.resolve())!r}, pipe)
-latents = policy.sample({held_out[0]!r}, torch.Generator().manual_seed({derived_seed("eval", 0, 0)}))
-pipe({held_out[0]!r}, latents=latents, num_inference_steps={args.steps}, guidance_scale={args.guidance}{callback}).images[0].save("learnt.png")""")
+    results["seconds"] = time.perf_counter() - begun
+    run.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    run.show_steps(folder, state["rows"], results, pictures, held_out, args)
+    files = "the policy, results.json, metrics.csv, gain.png, grid.png, curves.png"
+    print(
+        f"\n{results['seconds']:.0f} s. In {folder}: {files}.\nTo use it (of this repository only noise_ppo.py is needed):\n"
+    )
+    print(run.noise_code(model, folder, held_out[0], args))
 
 
 if __name__ == "__main__":
-    common.run_script(main, Args)
+    run.run_script(main, Args)

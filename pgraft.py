@@ -6,9 +6,7 @@ Notation  x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1 (of a flow,
           probability A(x_i), non-decreasing in r;
           s the switch: the tuned model denoises the levels t > s, the base model the rest.
 Equations (1) accepted states follow  argmax_q  E_q[rhat] - KL(q || p), laws of x_s,  with  rhat(x_s) = log E[A | X_s = x_s]
-          (2) K best of M:  rhat = log sum_{j<K} C(M-1, j) U^(M-1-j) (1-U)^j,  U = P(r(X') <= r(x)), X' ~ p, ties broken at random
-          (3) KL(accepted || p) = integral_0^1 f log f du,  f = (M/K) exp(rhat);  K = 1: log M - (M-1)/M;  better of a pair: M = 2
-              (of the pictures; that of the states x_s is at most this)
+          (2) (3)  as in graft.py: rhat and KL(accepted || p) of K best of M; of the states x_s the KL is at most that of the pictures
           (4) loss  E (b / sigma_t)^2 |prediction(x_t, t, c) - target|^2,  t > s;  the target's variance grows as 1 / b^2 towards s,
               the weight evens that out
           (5) x_t = a x_s + b eps',  a = alpha_t / alpha_s,  b^2 = sigma_t^2 - a^2 sigma_s^2,  eps' ~ N(0, I) independent of x_s
@@ -24,41 +22,20 @@ accepted x_0 (then alpha_s = 1, sigma_s = 0 there, but t stays above the switch)
 would have the law of x_s: the same minimiser, with far less variance in the target (README, "P-GRAFT").
 """
 
-import json
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import common
-import rewards as show  # what a run prints and writes
-from common import DTYPES, ROOT, InputError, Model, derived_seed
-from rewards import average_hash, check_rule, diversity, image_statistics, read_task, schedule_prompts, score
+import rewards as run  # arguments, run folder, tables, pictures
+from common import DTYPES, ROOT, InputError, Model, derived_seed, draw_noise, make_adamw
+from rewards import average_hash, diversity, image_statistics, score
 
-RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
-# settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3; steps and guidance as in the stock call; eta: the probe
-# of a flow needs some
-DEFAULTS = {
-    "steps": (10, 50, 50, 28),
-    "guidance": (1.0, 7.5, 5.0, 7.0),
-    "eta": (1.0, 1.0, 1.0, 0.5),
-    "sample_batch": (64, 8, 4, 4),
-    "micro_batch": (64, 2, 1, 1),
-    "lora_targets": ("all", *["attention"] * 3),
-    "lr": (1e-3, 1e-4, 1e-4, 1e-4),
-    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", *["jpeg_compressibility"] * 3),
-}
-AT_LEAST_ONE = "rounds prompts_per_round samples guidance sample_batch updates batch micro_batch lora_rank".split()
-LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**6)) | {"top_k": (1, "samples"), "steps": (1, 999), "eta": (0, 1)}
-LIMITS |= {"prompt_dropout": (0, 0.99), "eval_samples": (2, 10**4), "eval_every": (0, 10**9), "seed": (0, 2**63 - 1)}
-LIMITS |= {"lr": (1e-12, 1), "lora_alpha": (1e-6, 1e6), "rounds": (1, 10**4), "samples": (1, 10**4), "lora_rank": (1, 1024)}
-LIMITS |= {"probe_restarts": (2, 10**4), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
-CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none"), "data": ("x0", "xs")}
-SHOWN = 24  # pictures that are kept whole, for grid.png: six prompts x 4
+DEFAULTS = {"eta": (1.0, 1.0, 1.0, 0.5)}  # the probe of a flow needs some
+LIMITS = {"probe_restarts": (2, 10**4), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
+CHOICES = {"data": ("x0", "xs")}
 
 
 @dataclass
@@ -127,26 +104,25 @@ class Args:
 # ================================================================ equations: tensors in, tensors out
 
 
-def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, keys=None, generator=None):
+def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, flat=True, keys=None, generator=None):
     """Which samples a rule accepts. rewards: (prompts, samples) -> bool mask of the same shape.
 
-    "topk": the top_k best of each row. "preference": the better of each consecutive pair. Both break ties at random.
+    "topk": the top_k best of each row. "preference": the better of each consecutive pair. Both break ties at random; without
+    `flat` they accept nothing of a row or pair whose rewards are all equal.
     "exponential": each with probability exp((r - reward_max) / beta); reward_max is the reward's known upper bound, without
     one the row's maximum. "threshold": r >= threshold. "none": all. keys: integer ids, same shape; of the accepted samples of
     a row that share a key one is kept (the best; ties at random). ValueError for a rule without its parameter.
     Source: arXiv 2510.02692, generalised rejection sampling; equations (1) and (2) above.
     """
-    groups, samples = rewards.shape
+    samples = rewards.shape[1]
     chance = torch.rand(rewards.shape, generator=generator).to(rewards.device)  # breaks ties, and is exponential's coin
-    if rule == "topk":
-        if not 1 <= top_k <= samples:
-            raise ValueError(f"top_k {top_k} must be between 1 and the number of samples {samples}")
-        mask = _rank(rewards, chance) < top_k
-    elif rule == "preference":
-        if samples % 2:
-            raise ValueError(f"preference pairs need an even number of samples, not {samples}")
-        pairs = (groups * samples // 2, 2)
-        mask = (_rank(rewards.reshape(pairs), chance.reshape(pairs)) == 0).reshape(groups, samples)
+    if rule in ("topk", "preference"):
+        size, best = (samples, top_k) if rule == "topk" else (2, 1)  # the best of every `size` samples
+        if samples % size or not 1 <= best <= size:
+            raise ValueError(f"{rule} cannot take the {best} best of every {size} of {samples} samples")
+        groups = rewards.reshape(-1, size)
+        mask = _rank(groups, chance.reshape(-1, size)) < best
+        mask = (mask if flat else mask & (groups != groups[:, :1]).any(1, keepdim=True)).reshape(rewards.shape)
     elif rule == "exponential":
         if beta is None or beta <= 0:
             raise ValueError("exponential needs beta > 0")
@@ -159,7 +135,7 @@ def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None
     elif rule == "none":
         mask = torch.ones_like(rewards, dtype=torch.bool)
     else:
-        raise ValueError(f"rule {rule!r} must be one of {', '.join(CHOICES['rule'])}")
+        raise ValueError(f"rule {rule!r} must be topk, preference, exponential, threshold or none")
     if keys is not None:
         rank = _rank(rewards, torch.rand(rewards.shape, generator=generator).to(rewards.device))
         same = keys[:, :, None] == keys[:, None, :]  # (prompts, samples, samples)
@@ -173,37 +149,6 @@ def _rank(rewards, chance):
     order = chance.argsort(1)
     order = order.gather(1, torch.argsort(rewards.gather(1, order), dim=1, descending=True, stable=True))
     return order.argsort(1)
-
-
-def reshaped_reward(quantile, num_samples, top_k):
-    """rhat of "the top_k best of num_samples", up to a constant, at quantile U in [0, 1], any shape. Equation (2)."""
-    u = torch.as_tensor(quantile, dtype=torch.float64)
-    terms = [math.comb(num_samples - 1, j) * u ** (num_samples - 1 - j) * (1 - u) ** j for j in range(top_k)]
-    return torch.stack(terms).sum(0).log()
-
-
-def implied_kl(num_samples, top_k):
-    """KL(accepted || sampled) in nats of "the top_k best of num_samples", for a reward without ties. Equation (3)."""
-    if top_k == 1:
-        return math.log(num_samples) - (num_samples - 1) / num_samples
-    nodes = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    density = num_samples / top_k * reshaped_reward(nodes, num_samples, top_k).exp()
-    return torch.xlogy(density, density).mean().item()
-
-
-def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None):
-    """KL(accepted || sampled) in nats of a rule on rewards (prompts, samples). topk and preference: equation (3), an upper
-    bound if rewards tie; others: from the acceptance probabilities, mean over the prompts that can accept."""
-    if rule in RANKING:
-        return implied_kl(rewards.shape[1], top_k) if rule == "topk" else implied_kl(2, 1)
-    if rule == "none":
-        return 0.0
-    if rule == "threshold":
-        chance = (rewards >= threshold).double()
-    else:
-        chance = ((rewards - rewards.max(1, True).values) / beta).double().exp()
-    weight = (chance / chance.mean(1, keepdim=True))[chance.sum(1) > 0]
-    return torch.xlogy(weight, weight).mean().item() if len(weight) else math.nan
 
 
 def shaped_target(x_s, noise, alpha_s, sigma_s, alpha_t, sigma_t, prediction_type):
@@ -230,26 +175,8 @@ def shaped_target(x_s, noise, alpha_s, sigma_s, alpha_t, sigma_t, prediction_typ
     return a * x_s + b * noise, of_noise * noise + of_x_s * x_s, weight
 
 
-def unresolved_share(rewards):
-    """(V, its standard error) of equation (7). rewards: (prompts, states, restarts), at least two of each.
-
-    Numerator and denominator are unbiased (analysis of variance: the variance of the states' means contains 1 / restarts of
-    the variance within); the error is the jackknife's over prompts, infinite if rewards differ for one prompt only. (nan, nan) if none differs.
-    """
-    rewards = rewards.double()
-    within = rewards.var(2).mean(1)  # (prompts,)
-    total = rewards.mean(2).var(1) + within * (1 - 1 / rewards.shape[2])
-    if total.sum() <= 0:
-        return math.nan, math.nan
-    n, left_out = len(rewards), (within.sum() - within) / (total.sum() - total)
-    if not left_out.isfinite().all():
-        return (within.sum() / total.sum()).item(), math.inf
-    return (within.sum() / total.sum()).item(), ((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt().item()
-
-
 def switch_step(timesteps, switch_timestep):
-    """How many steps the tuned model takes: those that start above the switch. The base model takes the first step that starts
-    at or below it and all later ones. timesteps: a scheduler's, falling; any number of steps."""
+    """How many steps the tuned model takes: those that start above the switch, the base model the others. timesteps: falling."""
     return sum(t > switch_timestep for t in timesteps)
 
 
@@ -261,17 +188,8 @@ def guided_prediction(model, x, t, text, guidance):
     if guidance == 1:
         return model.predict(x, t, text)
     text = torch.cat([model.empty.expand_as(text), text])
-    both = model.predict(x.repeat(2, 1, 1, 1), t if t.dim() == 0 else t.repeat(2), text)
-    unconditional, conditional = both.chunk(2)
+    unconditional, conditional = model.predict(x.repeat(2, 1, 1, 1), t.expand(len(x)).repeat(2), text).chunk(2)
     return unconditional + guidance * (conditional - unconditional)
-
-
-def draw_noise(seeds, steps, shape, dtype):
-    """(steps + 1, batch, *shape): the initial noise, then one draw a step, in the order in which the stock pipeline asks for
-    them when it is given one CPU generator for each seed."""
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    draws = [[torch.randn(shape, generator=g, dtype=dtype) for g in generators] for _ in range(steps + 1)]
-    return torch.stack([torch.stack(step) for step in draws])
 
 
 @torch.no_grad()
@@ -280,8 +198,7 @@ def denoise(model, x, levels, noise, text, guidance, eta):
     noise: (len(levels) - 1, batch, c, h, w) -> x at levels[-1], float32.
 
     DDIM is arXiv 2010.02502, equation 12. Of a flow, small steps with eta are the SDE of Flow-GRPO (arXiv 2505.05470) with
-    a = sqrt(2) eta, which keeps the flow's marginals; its Euler-Maruyama step is infinite at sigma = 1 and, where x_0 is certain,
-    leaves more noise than the level has.
+    a = sqrt(2) eta, which keeps the flow's marginals; its own step leaves noise behind, see graft.sample and the README.
     """
     x, noise = x.to(model.device, torch.float32), noise.to(model.device, torch.float32)
     times = torch.tensor(levels, device=model.device)  # one transfer, none inside the loop
@@ -312,7 +229,7 @@ def sample(model, noise, text, guidance, eta, switch_at, tuned=True):
 
 def sample_and_score(model, rewards, prompts, seeds, args, switch_at, tuned, label):
     """Pictures of the prompts (n) with the seeds (n), a batch at a time. Returns (x_s, x_0), each (n, c, h, w),
-    {reward or statistic: (n,)}, and the pictures, all but the first 24 at most 64 x 64 pixels."""
+    {reward or statistic: (n,)}, and the pictures, small but for those of grid.png."""
     latents, scores, pictures = [], [], []
     for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
         part = slice(i, i + args.sample_batch)
@@ -321,18 +238,15 @@ def sample_and_score(model, rewards, prompts, seeds, args, switch_at, tuned, lab
         images = model.decode(x_0, label)
         latents.append((x_s.cpu(), x_0.cpu()))
         scores.append(score(rewards, images, prompts[part]) | image_statistics(images))
-        pictures += [p if i + j < SHOWN else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
+        pictures += run.kept(images, i)
     scores = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
     return [torch.cat(part) for part in zip(*latents)], scores, pictures
-
-
-# ================================================================ the switch
 
 
 def probe(model, reward, prompts, args):
     """V(t), equation (7), of the base model (the caller's lora_off) at up to nine levels between noise and picture. Two
     trajectories a prompt are followed; at each level the sampler is started again from their states, with fresh noise.
-    Returns rows {step, timestep, switch, unresolved, se}."""
+    Returns run.probe_rows."""
     model.remember(prompts)
     levels = [*model.timesteps(args.steps), -1]
     steps = sorted({round(i * args.steps / 10) for i in range(1, 10)} - {0, args.steps})
@@ -351,49 +265,10 @@ def probe(model, reward, prompts, args):
                 fresh = draw_noise(again, args.steps - step - 1, model.latent_shape, model.dtype)  # a draw for each step left
                 x_0 = denoise(model, x, levels[step:], fresh, text, args.guidance, args.eta)
                 rewards[k, j, part] = reward(model.decode(x_0, "probe"), asked[part])
-    rows = []
-    for step, values in zip(steps, rewards):
-        share, se = unresolved_share(values.T.view(len(prompts), 2, args.probe_restarts))
-        level = {"step": step, "timestep": levels[step], "switch": levels[step] / model.train_timesteps}
-        rows.append(level | {"unresolved": share, "se": se})
-    return rows
+    return run.probe_rows(rewards.view(len(steps), args.probe_restarts, -1, 2), steps, levels, model.train_timesteps)
 
 
-def recommend(rows, limit):
-    """(timestep of the recommended switch, the reason): the noisiest level with V(t) + its standard error <= limit."""
-    if all(math.isnan(row["unresolved"]) for row in rows):
-        raise InputError("the probe saw no reward differ; raise --probe_prompts or take another --reward")
-    for row in rows:
-        if row["unresolved"] + row["se"] <= limit:
-            return row["timestep"], f"the noisiest level with V(t) + s.e. at most {limit:g}"
-    return rows[-1]["timestep"], f"the cleanest level: V(t) + s.e. is nowhere at most {limit:g}"
-
-
-def fitting_switch(folder, model):
-    """The timestep of the switch in a run's pgraft.json; InputError if the model has another noise level there."""
-    stored = common.read_switch(folder, "the level with --switch")
-    timestep = stored["switch_timestep"]
-    sigma = model.alpha_sigma(timestep)[1] if 0 <= timestep < model.train_timesteps else math.nan
-    if not abs(sigma - stored["sigma"]) < 1e-3:
-        raise InputError(
-            f"{folder}/pgraft.json does not fit the model: noise level {stored['sigma']:.4f} at timestep {timestep:g}, the model "
-            f"has {sigma:.4f}; give --model {stored.get('model')}"
-        )
-    return timestep
-
-
-def save_switch(folder, model, timestep, args):
-    """pgraft.json: what must travel with the LoRA. The level is a training timestep, so it holds for any number of steps."""
-    alpha, sigma = model.alpha_sigma(timestep)
-    scheduler = dict(model.pipeline.scheduler.config)
-    content = {"switch_timestep": timestep, "switch": timestep / model.train_timesteps, "alpha": alpha, "sigma": sigma}
-    content |= {"rule": "the LoRA is on in the steps that start at a timestep above switch_timestep, off in the others"}
-    content |= {"model": args.model, "prediction_type": model.prediction_type, "scheduler": scheduler}
-    content |= {name: getattr(args, name) for name in ("steps", "guidance", "eta", "data")}
-    common.write_atomically(folder / "pgraft.json", json.dumps(content, indent=2) + "\n")
-
-
-# ================================================================ loss
+# ================================================================ loss, evaluation
 
 
 def denoising_loss(model, x_s, level_s, text, t, noise, guidance):
@@ -403,18 +278,15 @@ def denoising_loss(model, x_s, level_s, text, t, noise, guidance):
     return (weight * (guided_prediction(model, x_t, t, text, guidance) - target).square()).mean()
 
 
-# ================================================================ evaluation
-
-
 def evaluate(model, rewards, prompts, args, switch_at, tuned, label):
-    """Fixed prompts x fixed seeds. Returns ({metric: (prompts,), the mean over a prompt's pictures}, first 24 pictures)."""
+    """Fixed prompts x fixed seeds. Returns ({metric: (prompts,), the mean over a prompt's pictures}, the pictures of grid.png)."""
     n = args.eval_samples
     seeds = [derived_seed("eval", i, j) for i in range(len(prompts)) for j in range(n)]
     repeated = [p for p in prompts for _ in range(n)]
     _, scores, pictures = sample_and_score(model, rewards, repeated, seeds, args, switch_at, tuned, label)
     means = {name: values.view(-1, n).mean(1) for name, values in scores.items()}
     means["diversity"] = torch.tensor([diversity(pictures[i * n : i * n + n]) for i in range(len(prompts))])
-    return means, pictures[:SHOWN]
+    return means, pictures[: run.SHOWN]
 
 
 # ================================================================ the run
@@ -423,35 +295,17 @@ def evaluate(model, rewards, prompts, args, switch_at, tuned, label):
 def prepare(args):
     """Fill in what was left out, check all that needs no diffusion model, then load the rewards that are models.
     Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
-    common.complete(args, DEFAULTS, LIMITS, CHOICES)
-    check_rule(args)
-    if args.probe and args.evaluate:
-        raise InputError("--probe --evaluate: the probe is of the base model and trains nothing; give one of the two")
-    probes = args.probe or args.switch == "auto" and not args.evaluate
-    if probes and args.eta == 0:
-        raise InputError("--eta 0: a deterministic sampler has nothing to probe; give --eta above 0, or --switch a level")
-    if probes and args.steps < 2:
-        raise InputError(f"--steps {args.steps}: no level lies between noise and picture; give at least 2")
-    try:
-        level = 0.5 if args.switch == "auto" else float(args.switch)
-    except ValueError:
-        level = math.nan
-    if not 0 < level < 1:
-        raise InputError(f"--switch {args.switch}: must be auto or a level t / T between 0 and 1, both excluded")
-    if args.evaluate and not (Path(args.evaluate) / common.LORA_FILE).is_file():
-        raise InputError(f"--evaluate {args.evaluate}: has no {common.LORA_FILE}; give the folder of a finished run")
-    if args.evaluate and args.switch == "auto":
-        common.read_switch(args.evaluate, "the level with --switch")
-    return read_task(args)
+    run.complete(args, DEFAULTS, LIMITS, CHOICES)
+    run.check_switch(args)
+    return run.read_task(args)
 
 
-def main(args, folder_known):
-    """One run. folder_known(folder) is called as soon as there is a run folder, so that an interruption can say how to continue."""
+def main(args):
     prompts, held_out, rewards = prepare(args)
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
     grid = model.timesteps(args.steps)
     if args.evaluate:
-        return evaluate_run(args, model, grid, held_out, rewards, folder_known)
+        return evaluate_run(args, model, grid, held_out, rewards)
     switch = None if args.switch == "auto" else float(args.switch) * model.train_timesteps  # None: the probe will say
     if switch is not None and not 0 < switch_step(grid, switch) < args.steps:
         low, high = (f"{t / model.train_timesteps:g}" for t in (grid[-1], grid[0]))
@@ -459,33 +313,16 @@ def main(args, folder_known):
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     if args.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
-    optimizer = common.make_adamw(parameters, args.lr, args.optimizer_8bit)
+    optimizer = make_adamw(parameters, args.lr, args.optimizer_8bit)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    schedule = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
-    folder = common.make_run_folder(args, "pgraft", args.model, args.seed)
-    folder_known(folder)
-    kl = estimated_kl(torch.zeros(1, args.samples), args.rule, top_k=args.top_k) if args.rule in RANKING else None
-    probed = f"chosen by probing {min(args.probe_prompts, len(prompts))} prompts x 2 states x {args.probe_restarts} restarts at each level"
-    level = f"  switch     {args.switch if switch else probed}; trained on {args.data} noised to the levels above it\n"
-    print(show.describe(f"P-GRAFT -> {folder}", args, model, len(schedule[0]), held_out, kl, level), flush=True)
+    schedule = run.schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
+    folder = run.make_run_folder(args, "pgraft", args.model, args.seed)
+    more = run.describe_switch(args, len(prompts))
+    print(run.describe(f"P-GRAFT -> {folder}", args, model, len(schedule[0]), held_out, more), flush=True)
 
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
     model.remember(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
-    state = common.load_checkpoint(folder) if args.resume else None
-    if state:
-        for name, parameter in model.lora().items():
-            parameter.data.copy_(state["lora"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    else:
-        state = {"round": 0, "rows": [], "losses": [], "accepted": [], "seconds": 0.0}
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state["round"] + 1)
-    begun = time.perf_counter() - state["seconds"]
-
-    def checkpoint():
-        state.update(lora={n: p.detach().cpu() for n, p in model.lora().items()}, optimizer=optimizer.state_dict())
-        state.update(scaler=scaler.state_dict(), seconds=time.perf_counter() - begun)
-        common.save_checkpoint(folder, state)
+    state, save = run.resume(args, folder, model, optimizer, scaler)  # save() keeps all of these
 
     # ------------------------------------------------------------ PROBE
     if args.probe or switch is None:
@@ -493,13 +330,8 @@ def main(args, folder_known):
             order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(derived_seed(args.seed, "probe")))
             with model.lora_off():
                 state["probe"] = probe(model, rewards[0], [prompts[i] for i in order[: args.probe_prompts]], args)
-            checkpoint()
-        show.save_probe(folder, state["probe"], args.probe_limit, args.reward)
-        switch, reason = recommend(state["probe"], args.probe_limit)
-        print("\n  step  timestep  --switch   V(t)   s.e.   (the share of the reward that the state leaves open)")
-        for row in state["probe"]:
-            print("  {step:4d}  {timestep:8.0f}  {switch:8.3f}  {unresolved:5.2f}  {se:5.2f}".format(**row))
-        print(f"  recommended: --switch {switch / model.train_timesteps:g}, {reason}", flush=True)
+            save()
+        switch = run.show_probe(folder, state["probe"], args, model.train_timesteps)
         if args.probe:
             print(f"\nIn {folder}: probe.csv, probe.png")
             return
@@ -524,32 +356,21 @@ def main(args, folder_known):
             label = f"sample {r + 1}"
             (x_s, x_0), scores, pictures = sample_and_score(model, rewards[:1], asked, seeds, args, switch_at, tuned, label)
             speed = f"{len(seeds) / (time.perf_counter() - start):.0f} pictures/s, "
-            reward = scores[args.reward]  # (prompts x samples,)
-            table = reward.view(-1, args.samples)  # (prompts, samples)
+            reward = scores[args.reward].view(-1, args.samples)  # (prompts, samples)
 
             # ---------------------------------------------------- ACCEPT
-            options = {"top_k": args.top_k, "threshold": args.threshold, "beta": args.beta}
+            options = {"top_k": args.top_k, "threshold": args.threshold, "beta": args.beta, "reward_max": args.reward_max}
             generator = torch.Generator().manual_seed(derived_seed(args.seed, "accept", r))
             keys = average_hash(pictures).view(-1, args.samples) if args.dedup else None
-            mask = accept(table, args.rule, **options, reward_max=args.reward_max, keys=keys, generator=generator)
-            groups = table.view(len(table), -1, 2 if args.rule == "preference" else args.samples)  # what a rule ranks
-            flat = (groups.amax(2) == groups.amin(2)) & (args.rule in RANKING)  # no reward differs
-            if not args.accept_flat:
-                mask &= ~flat.repeat_interleave(groups.shape[2], 1)
+            mask = accept(reward, args.rule, **options, flat=args.accept_flat, keys=keys, generator=generator)
             index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
-            if len(index) == 0:
-                share = f"{flat.double().mean():.0%} of the groups had equal rewards, the best reward was {reward.max():.4g}"
-                raise InputError(f"--rule {args.rule} accepted nothing: {share}; raise --samples or take another reward")
-            state["accepted"].append({"x_s": x_s[index], "x_0": x_0[index], "prompt": ids[index], "reward": reward[index]})
-            spread = [diversity(pictures[i : i + args.samples]) for i in range(0, len(pictures), args.samples)]
-            row = {"round": r + 1, "reward_sampled": reward.mean().item(), "reward_accepted": reward[index].mean().item()}
-            row |= {"acceptance_rate": len(index) / len(reward), "flat_groups": flat.double().mean().item()}
-            row |= {"kl": estimated_kl(table, args.rule, **options), "diversity": sum(spread) / len(spread)}
-            row |= {name: values.mean().item() for name, values in scores.items() if name != args.reward}
-            state["rows"].append(row)
+            state["accepted"].append(
+                {"x_s": x_s[index], "x_0": x_0[index], "prompt": ids[index], "reward": reward.flatten()[index]}
+            )
+            state["rows"].append(run.sampled_row(r + 1, args, reward, index, scores, pictures))
             if args.save_accepted:
-                show.save_accepted(folder / "accepted", model, x_0[index], state["accepted"], prompts, args.sample_batch)
-            checkpoint()
+                run.save_accepted(folder / "accepted", model, x_0[index], state["accepted"], prompts, args.sample_batch)
+            save()
 
         # -------------------------------------------------------- UPDATE
         kept = state["accepted"] if args.accumulate else state["accepted"][-1:]
@@ -575,10 +396,7 @@ def main(args, folder_known):
                 losses[-1] += loss.item() * len(part) / args.batch
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-            # float16: an infinite gradient is no error while the scale can fall; scaler.step skips the update
-            if not (math.isfinite(losses[-1]) and (math.isfinite(norm) or scaler.get_scale() > 1)):
-                found = f"round {r + 1}, update {update + 1}: loss {losses[-1]}, gradient norm {norm}"
-                raise InputError(f"{found}; lower --lr or use --dtype float32 or bfloat16")
+            run.check_finite(f"round {r + 1}, update {update + 1}", losses[-1], norm, scaler)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -589,57 +407,44 @@ def main(args, folder_known):
         if r + 1 == args.rounds or args.eval_every and (r + 1) % args.eval_every == 0:
             state["tuned"], pictures = evaluate(model, rewards, held_out, args, switch_at, True, f"evaluate {r + 1}")
             row["reward_held_out"] = state["tuned"][args.reward].mean().item()
-            show.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
+            run.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
         state["losses"] += losses
         state["round"] = r + 1
-        save_switch(folder, model, switch, args)
+        run.save_switch(folder, model, switch, args)
         model.save_lora(folder)
-        show.write_metrics(folder, writer, state, base, args.reward)
-        checkpoint()
-        show.print_round(state, args.rounds, speed)
-    writer.close()
+        run.write_metrics(folder, state, base, args.reward)
+        save()
+        run.print_round(state, args.rounds, speed)
 
     # ------------------------------------------------------------ SHOW
     where = {"steps": args.steps, "switch_at": switch_at, "switch_timestep": switch, "probe": state.get("probe")}
-    show.write_results(folder, base, state["tuned"], args.reward, state["seconds"], **where)
-    written = "LoRA, pgraft.json, results.json, metrics.csv, grid.png, curves.png"
-    print(f"\n{state['seconds']:.0f} s. In {folder}: {written}. To use it:\n")
-    print_snippet(model, folder.resolve(), None, held_out[0], args)
+    run.write_results(folder, base, state["tuned"], args.reward, state["seconds"], **where)
+    files = "LoRA, pgraft.json, results.json, metrics.csv, grid.png, curves.png"
+    print(f"\n{state['seconds']:.0f} s. In {folder}: {files}. To use it:\n")
+    print(run.pgraft_code(model, folder, None, held_out[0], args))
 
 
-def evaluate_run(args, model, grid, held_out, rewards, folder_known):
+def evaluate_run(args, model, grid, held_out, rewards):
     """--evaluate: base and tuned on the held-out prompts, at any number of steps, without training."""
     begun = time.perf_counter()
     given = None if args.switch == "auto" else float(args.switch) * model.train_timesteps
-    switch = given or fitting_switch(args.evaluate, model)
+    switch = given or run.read_switch(args.evaluate, "the level with --switch", model)
     switch_at = switch_step(grid, switch)
     if switch_at == 0:
         raise InputError(f"--steps {args.steps}: no step starts above the switch, timestep {switch:g}; give more")
     model.load_lora(args.evaluate)
     model.remember(["", *held_out])
-    folder = common.make_run_folder(args, "pgraft_evaluate", args.model, args.seed)
-    folder_known(folder)
+    folder = run.make_run_folder(args, "pgraft_evaluate", args.model, args.seed)
     print(f"P-GRAFT, evaluation of {args.evaluate} -> {folder}")
     print(f"  tuned model for {switch_at} of {args.steps} steps, base model from timestep {switch:g} on", flush=True)
     base, base_pictures = evaluate(model, rewards, held_out, args, switch_at, False, "evaluate base")
     tuned, pictures = evaluate(model, rewards, held_out, args, switch_at, True, "evaluate tuned")
-    show.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
+    run.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
     seconds, where = time.perf_counter() - begun, {"steps": args.steps, "switch_at": switch_at, "switch_timestep": switch}
-    show.write_results(folder, base, tuned, args.reward, seconds, **where)
+    run.write_results(folder, base, tuned, args.reward, seconds, **where)
     print(f"\n{seconds:.0f} s. In {folder}: results.json, grid.png. To use the LoRA:\n")
-    print_snippet(model, Path(args.evaluate).resolve(), given, held_out[0], args)
-
-
-def print_snippet(model, weights, switch, prompt, args):
-    """The evaluation's first picture in stock diffusers. weights: folder of the LoRA; switch: a timestep, None: pgraft.json's."""
-    level = switch or f'json.load(open({str(weights / "pgraft.json")!r}))["switch_timestep"]'
-    print(f"""import json; {show.stock_code(model)}
-pipe.load_lora_weights({str(weights)!r})
-switch = {level}
-
-{show.stock_switch("switch")}
-{show.stock_call(model, prompt, args, ", callback_on_step_end=base_from_the_switch_on")}""")
+    print(run.pgraft_code(model, args.evaluate, given, held_out[0], args))
 
 
 if __name__ == "__main__":
-    common.run_script(main, Args)
+    run.run_script(main, Args)

@@ -8,23 +8,34 @@ your own, `clip(folder or hub id)`, a function of your own, `path/to/file.py:fun
 "0.7*pickscore+0.3*my.py:score". Nothing inside parentheses is split: "0.5*(c++/my.py:score)+clip(models/a+b)".
 """
 
+import contextlib
 import csv
+import dataclasses
+import errno
 import functools
 import importlib.util
 import io
 import json
 import math
+import os
+import re
 import sys
+import threading
+import time
 import traceback
+import zipfile
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from matplotlib.figure import Figure
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
-from common import DTYPES, ROOT, InputError, check_device, derived_seed, write_atomically
+from common import DTYPES, FAMILIES, LORA_FILE, ROOT, InputError, check_device, check_model_name, derived_seed
 from shapes import flow_data
 from shapes.check import check
 from shapes.flow import asked_levels
@@ -381,6 +392,14 @@ def load_function(spec: str, flag: str):
 # ---------------------------------------------------------------- what is reported beside every reward
 
 
+SHOWN = 24  # pictures that are kept whole, for grid.png: six prompts x 4
+
+
+def kept(images: list[Image.Image], number: int) -> list[Image.Image]:
+    """The pictures, the first being the `number`-th of all; from SHOWN on at most 64 x 64 pixels of each are kept."""
+    return [p if number + j < SHOWN else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
+
+
 def image_statistics(images: list[Image.Image]) -> dict[str, torch.Tensor]:
     """Statistics that betray reward hacking, each (n,): mean brightness, contrast (standard deviation of the grey picture) and
     mean HSV saturation in [0, 1], and the size as a JPEG in kB."""
@@ -390,6 +409,28 @@ def image_statistics(images: list[Image.Image]) -> dict[str, torch.Tensor]:
         "contrast": torch.tensor([g.std() for g in grey]).float(),
         "saturation": torch.tensor([np.asarray(i.convert("HSV"), float)[..., 1].mean() / 255 for i in images]).float(),
         "jpeg_kb": torch.tensor([jpeg_kilobytes(i) for i in images]).float(),
+    }
+
+
+def explained_variance(rewards: torch.Tensor, samples: int) -> float:
+    """1 - Var(r - baseline) / Var(r), the baseline being the mean of the prompt's other pictures. rewards: (prompts x samples,)."""
+    group = rewards.view(-1, samples)
+    residual = (group - group.mean(1, keepdim=True)) * samples / (samples - 1)
+    return 1 - (residual.square().mean() / rewards.var(correction=0)).item()
+
+
+def policy_statistics(
+    mean: torch.Tensor, log_std: torch.Tensor, log_ratio: torch.Tensor, kl: torch.Tensor
+) -> dict[str, float]:
+    """What an update of noise PPO did. mean, log_std: of the new policy (n, c, h, w); log_ratio: log new - log old density of what was
+    sampled (n,), in nats; kl: to N(0, I) (n,), in nats."""
+    return {
+        "approximate_kl": 0.5 * log_ratio.square().mean().item(),  # KL(old || new) in nats, to second order
+        "kl_per_dimension": kl.mean().item() / mean[0].numel(),
+        "mean_rms": mean.square().mean().sqrt().item(),
+        "mean_rms_own": (mean - mean.mean(0)).square().mean().sqrt().item(),  # what is the prompt's own, not shared by all
+        "std": log_std.exp().mean().item(),
+        "std_spread": log_std.exp().std().item(),
     }
 
 
@@ -445,6 +486,223 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum() - 2 * cross).item()
 
 
+# ---------------------------------------------------------------- what a rule makes of the rewards
+
+RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
+
+
+def reshaped_reward(quantile, num_samples, top_k):
+    """rhat of "the top_k best of num_samples", up to a constant, at quantile U in [0, 1], any shape. Equation (2) of graft.py."""
+    u = torch.as_tensor(quantile, dtype=torch.float64)
+    terms = [math.comb(num_samples - 1, j) * u ** (num_samples - 1 - j) * (1 - u) ** j for j in range(top_k)]
+    return torch.stack(terms).sum(0).log()
+
+
+def implied_kl(num_samples, top_k):
+    """KL(accepted || sampled) in nats of "the top_k best of num_samples", for a reward without ties. Equation (3) of graft.py."""
+    if top_k == 1:
+        return math.log(num_samples) - (num_samples - 1) / num_samples
+    nodes = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    density = num_samples / top_k * reshaped_reward(nodes, num_samples, top_k).exp()
+    return torch.xlogy(density, density).mean().item()
+
+
+def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None):
+    """KL(accepted || sampled) in nats of a rule on rewards (prompts, samples). topk and preference: implied_kl, an upper
+    bound if rewards tie; others: from the acceptance probabilities, mean over the prompts that can accept."""
+    if rule in RANKING:
+        return implied_kl(rewards.shape[1], top_k) if rule == "topk" else implied_kl(2, 1)
+    if rule == "none":
+        return 0.0
+    if rule == "threshold":
+        chance = (rewards >= threshold).double()
+    else:
+        chance = ((rewards - rewards.max(1, True).values) / beta).double().exp()
+    weight = (chance / chance.mean(1, keepdim=True))[chance.sum(1) > 0]
+    return torch.xlogy(weight, weight).mean().item() if len(weight) else math.nan
+
+
+def unresolved_share(rewards):
+    """(V, its standard error) of equation (7) of pgraft.py. rewards: (prompts, states, restarts), at least two of each.
+
+    Numerator and denominator are unbiased (analysis of variance: the variance of the states' means contains 1 / restarts of
+    the variance within); the error is the jackknife's over prompts, infinite if rewards differ for one prompt only. (nan, nan) if none differs.
+    """
+    rewards = rewards.double()
+    within = rewards.var(2).mean(1)  # (prompts,)
+    total = rewards.mean(2).var(1) + within * (1 - 1 / rewards.shape[2])
+    if total.sum() <= 0:
+        return math.nan, math.nan
+    n, left_out = len(rewards), (within.sum() - within) / (total.sum() - total)
+    if not left_out.isfinite().all():
+        return (within.sum() / total.sum()).item(), math.inf
+    return (within.sum() / total.sum()).item(), ((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt().item()
+
+
+def probe_rows(rewards: torch.Tensor, steps: list, timesteps: list, total: int) -> list[dict]:
+    """P-GRAFT's probe: rows {step, timestep, switch, unresolved, se}, the latter two from unresolved_share. rewards: (levels,
+    restarts, prompts, states), steps: after how many steps each level is, timesteps: of the sampler, total: of training."""
+    rows = []
+    for step, values in zip(steps, rewards):
+        share, se = unresolved_share(values.permute(1, 2, 0))
+        level = {"step": step, "timestep": timesteps[step], "switch": timesteps[step] / total}
+        rows.append(level | {"unresolved": share, "se": se})
+    return rows
+
+
+def recommend(rows: list[dict], limit: float) -> tuple[float, str]:
+    """(timestep of the recommended switch, the reason): the noisiest level with V(t) + its standard error <= limit."""
+    if all(math.isnan(row["unresolved"]) for row in rows):
+        raise InputError("the probe saw no reward differ; raise --probe_prompts or take another --reward")
+    for row in rows:
+        if row["unresolved"] + row["se"] <= limit:
+            return row["timestep"], f"the noisiest level with V(t) + s.e. at most {limit:g}"
+    return rows[-1]["timestep"], f"the cleanest level: V(t) + s.e. is nowhere at most {limit:g}"
+
+
+# ---------------------------------------------------------------- the command line
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)  # what a disk says, not a bug
+# settings left out: of the embedded model, SD 1.x and 2.x, SD XL, SD 3; steps and guidance as in the stock call
+DEFAULTS = {
+    "steps": (10, 50, 50, 28),
+    "guidance": (1.0, 7.5, 5.0, 7.0),
+    "eta": (1.0, 1.0, 1.0, 0.0),
+    "sample_batch": (64, 8, 4, 4),
+    "micro_batch": (64, 2, 1, 1),
+    "lora_targets": ("all", *["attention"] * 3),
+    "lr": (1e-3, 1e-4, 1e-4, 1e-4),
+    "reward": ("shapes_strict", *["jpeg_compressibility"] * 3),
+    "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", *["jpeg_compressibility"] * 3),
+}
+AT_LEAST_ONE = "prompts_per_round guidance sample_batch updates batch micro_batch".split()
+LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**6)) | dict.fromkeys(("rounds", "samples", "epochs"), (1, 10**4))  # least, most
+LIMITS |= {"top_k": (1, "samples"), "steps": (1, 999), "eta": (0, 1), "eval_samples": (2, 10**4), "eval_every": (0, 10**9)}
+LIMITS |= {
+    "lora_rank": (1, 1024),
+    "lora_alpha": (1e-6, 1e6),
+    "lr": (1e-12, 1),
+    "clip": (1e-9, 1e9),
+    "prompt_dropout": (0, 0.99),
+}
+LIMITS |= {"seed": (0, 2**63 - 1)}
+CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none")}
+
+
+def complete(args, defaults: dict = {}, limits: dict = {}, choices: dict = {}) -> None:
+    """Fill in the settings that were left out and check every argument of which a table can say what is right; InputError.
+
+    The tables hold what a script adds to those above or has otherwise. defaults: {setting: (of the embedded model, then of
+    FAMILIES in their order)}; limits and choices: as in check_tables.
+    """
+    embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
+    column = [*FAMILIES].index(check_model_name(args.model)) + 1
+    for name, values in (DEFAULTS | defaults).items():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, values[0 if embedded else column])
+    args.device = check_device(args.device, args.dtype)
+    check_output(args.output, args.resume)
+    check_tables(args, limits, choices)
+    if hasattr(args, "rule"):
+        check_rule(args)
+
+
+def check_tables(args, limits: dict, choices: dict) -> None:
+    """InputError for an argument that the tables above, or these in their place, do not allow. limits: {setting: (least, most)}, a
+    name in place of a number is that setting's value; choices: {setting: its values}."""
+    for name, (least, most) in (LIMITS | limits).items():
+        if hasattr(args, name):
+            most = getattr(args, most) if isinstance(most, str) else most
+            if not least <= getattr(args, name) <= most:
+                raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
+    for name, allowed in (CHOICES | choices).items():
+        if getattr(args, name, allowed[0]) not in allowed:
+            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(allowed)}")
+
+
+def numbers(args, name: str, kind: type, least: float, most: float) -> list:
+    """The numbers of a setting such as "2,4", each an int or a float (`kind`) from least to most; InputError."""
+    try:
+        found = [kind(part) for part in getattr(args, name).split(",") if part.strip()]
+    except ValueError:
+        found = [float("nan")]
+    if not all(least <= n <= most for n in found):
+        wanted = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"--{name} {getattr(args, name)}: give {wanted} from {least:g} to {most:g}, separated by commas")
+    return found
+
+
+def run_script(main, cls) -> None:
+    """main(args) with the command line's arguments. InputError, what the disk says and lack of memory end the program with one line
+    and exit code 2, Ctrl-C with 130; after the disk's errors and Ctrl-C the line says how to continue."""
+    # the thread of tensorboard's writer prints what it raises again in the main thread
+    threading.excepthook = lambda seen: isinstance(seen.exc_value, OSError) or threading.__excepthook__(seen)
+    try:
+        main(parse_arguments(cls))
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, Exception) as error:
+        found = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", found):  # CUDA, CPU
+            print(f"error: out of memory ({found}): lower the batch sizes or numbers", file=sys.stderr)
+            sys.exit(2)
+        command = f"Continue with: python {sys.argv[0]} --resume"
+        then = f"{command} {Path(HELD[0].lock_file).parent}" if HELD else "Nothing was written."
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\ninterrupted. {then}", file=sys.stderr)
+            sys.exit(130)
+        if not any(os.strerror(code) in str(error) for code in DISK_ERRORS):  # libraries wrap it in errors of their own
+            raise
+        print(f"error: {found}: make room or allow access; nothing saved is lost. {then}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_arguments(cls, argv: list[str] | None = None):
+    """Command line -> dataclass. tyro's boxed messages become one line. With --resume the stored arguments are the
+    defaults, and any other value given beside it is an error."""
+    argv = sys.argv[1:] if argv is None else argv
+
+    def cli(default):
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                return tyro.cli(cls, args=argv, default=default)
+        except SystemExit as stop:
+            if stop.code in (0, None):
+                raise
+            lines = [line.strip("│╭╮╰╯ ") for line in errors.getvalue().splitlines()[1:]]  # without the title
+            message, below, *_ = (part for part in re.split("[─-]{9,}", "\n".join(lines)) if part.strip())
+            near = re.findall(r"^--(\S+)", below, re.M) if "Perhaps you meant" in below else []
+            hint = f"perhaps you meant {', '.join('--' + name.replace('-', '_') for name in near)}; " if near else ""
+            raise InputError(f"{message} ({hint}see --help)") from None
+
+    args = cli(cls())
+    if not args.resume:
+        return args
+    stored_file = Path(args.resume) / "args.json"
+    if not stored_file.is_file():
+        raise InputError(f"--resume {args.resume}: no run there (no args.json); give the folder that the run printed")
+    try:
+        stored = cls(**{**json.loads(stored_file.read_text(encoding="utf-8")), "resume": args.resume})
+        for field in dataclasses.fields(cls):
+            value = getattr(stored, field.name)
+            if not isinstance(value, (int, float, str, type(None)) if field.default is None else type(field.default)):
+                raise ValueError(f"{field.name} is {value!r}")
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"--resume {args.resume}: args.json is damaged or of another script ({error}); start a new run"
+        ) from None
+    args = cli(stored)
+    for field in dataclasses.fields(cls):
+        if getattr(args, field.name) != getattr(stored, field.name):
+            raise InputError(
+                f"--{field.name} {getattr(args, field.name)} differs from the run in {args.resume} "
+                f"({getattr(stored, field.name)}): leave it out, or start a new run"
+            )
+    return args
+
+
 # ---------------------------------------------------------------- what is asked for: rule, prompts, rewards
 
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
@@ -463,6 +721,47 @@ def check_rule(args) -> None:
             raise InputError(f"--{name} {getattr(args, name)}: must be a finite number")
     if args.rule == "preference" and args.samples % 2:
         raise InputError(f"--samples {args.samples}: must be even for --rule preference")
+
+
+def check_switch(args) -> None:
+    """InputError for arguments of pgraft.py on the switch, the probe or --evaluate that do not fit each other or what is on disk."""
+    if args.probe and args.evaluate:
+        raise InputError("--probe --evaluate: the probe is of the base model and trains nothing; give one of the two")
+    probes = args.probe or args.switch == "auto" and not args.evaluate
+    if probes and args.eta == 0:
+        raise InputError("--eta 0: a deterministic sampler has nothing to probe; give --eta above 0, or --switch a level")
+    if probes and args.steps < 2:
+        raise InputError(f"--steps {args.steps}: no level lies between noise and picture; give at least 2")
+    try:
+        level = 0.5 if args.switch == "auto" else float(args.switch)
+    except ValueError:
+        level = math.nan
+    if not 0 < level < 1:
+        raise InputError(f"--switch {args.switch}: must be auto or a level t / T between 0 and 1, both excluded")
+    if args.evaluate:
+        check_lora(args.evaluate, "--evaluate")
+    if args.evaluate and args.switch == "auto":
+        read_switch(args.evaluate, "the level with --switch")
+
+
+def default_features(data: str) -> str:
+    """--features of inverse_noise_correction.py, left out: for the embedded pictures their own, else the standard ones if installed."""
+    return "shapes" if not data else "inception" if importlib.util.find_spec("torch_fidelity") else "pixels"
+
+
+def check_pictures(args, shape: tuple, most: int) -> None:
+    """InputError if the pictures, features or covariance (of `most` numbers) that inverse_noise_correction.py is to use do not suit a
+    model of pictures of that shape."""
+    d = math.prod(shape)
+    if args.normalise == "gaussian" and d > most:
+        raise InputError(f"--normalise gaussian: {d} numbers in a picture are too many, {most} at most; take scale")
+    world = flow_data.WORLD
+    if not args.data and shape != world:
+        raise InputError(f"--data: the embedded pictures are {world}, the model's {shape}; give a folder of pictures")
+    if args.features == "shapes" and shape != world:
+        raise InputError(f"--features shapes: judges pictures of shape {world} only, not {shape}; use pixels or inception")
+    if args.features == "inception" and not importlib.util.find_spec("torch_fidelity"):
+        raise InputError("--features inception: needs the package torch-fidelity (pip install torch-fidelity), or use pixels")
 
 
 def read_task(args) -> tuple[list[str], list[str], list[Reward]]:
@@ -568,7 +867,178 @@ def schedule_prompts(count: int, per_round: int, rounds: int, seed: int) -> list
     return schedule
 
 
-# ---------------------------------------------------------------- statistics of initial noises
+# ---------------------------------------------------------------- the run folder
+
+LOCK = ".lock"  # a file in it
+HELD = []  # the lock of the run's folder
+
+
+def check_output(output: str, resume: str) -> None:
+    """InputError if --output holds anything already (unless the run is resumed) or cannot be made."""
+    if resume:
+        return
+    path = Path(output)
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--output {output}: {there} is no folder that can be written to; give a new folder")
+    # what is left of a run that was killed before it had begun is nothing
+    if not output or not path.exists() or {p.name for p in path.iterdir()} <= {"args.json.part", LOCK}:
+        return
+    if (path / "args.json").is_file():
+        raise InputError(f"--output {output}: holds a run already; continue it with --resume {output}, or give a new folder")
+    raise InputError(f"--output {output}: exists and is not a run; give a new folder")
+
+
+def make_run_folder(args, script: str, model: str, seed: int) -> Path:
+    """The folder of this run, with args.json: the one to resume, --output, or a new one under runs/. Until the process ends or
+    makes the next folder, no other process can have it: InputError."""
+    named = f"runs/{script}__{Path(model).name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.resume or args.output or named)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder, "--resume" if args.resume else "--output")
+        if not args.resume:
+            check_output(str(folder), "")  # again: another process may have been faster
+            write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot be written ({error.strerror}); give another folder") from None
+    return folder
+
+
+def lock(folder: Path, flag: str) -> None:
+    """Keep other processes from running in `folder`; the system ends that with the process, even a killed one."""
+    while HELD:
+        HELD.pop().release()
+    held = filelock.FileLock(folder / LOCK)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InputError(f"{flag} {folder}: in use by another process; wait for it, or give another folder") from None
+    except OSError as error:
+        if error.errno != errno.ENOLCK:  # which some network file systems say
+            raise
+        print(f"warning: {folder} cannot be locked ({error.strerror}); start no second run in it", file=sys.stderr)
+    HELD.append(held)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write beside, fsync, rename: at every moment `path` is the old file or the new one, never a part."""
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def save_checkpoint(folder: Path, state: dict, name: str = "checkpoint.pt") -> None:
+    """Atomically write `state` (tensors, numbers, strings, lists, dicts) and the run's arguments to the file `name`."""
+    buffer = io.BytesIO()
+    torch.save(state | {"args": (folder / "args.json").read_text(encoding="utf-8")}, buffer)
+    write_atomically(folder / name, buffer.getvalue())
+
+
+def load_checkpoint(folder: Path, name: str = "checkpoint.pt") -> dict | None:
+    """What save_checkpoint wrote last, or None if the run was stopped before. InputError if one bit of it is not what was written,
+    or if args.json is not what it was then."""
+    path, refused = folder / name, f"--resume {folder}: {name}"
+    if not path.exists():
+        return None
+    try:
+        with zipfile.ZipFile(path) as file:  # torch does not look at the checksums
+            if file.testzip():
+                raise ValueError("checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+        raise InputError(f"{refused} is damaged ({type(error).__name__}: {error}); start a new run") from None
+    if state.pop("args", None) != (folder / "args.json").read_text(encoding="utf-8"):
+        raise InputError(f"{refused} was made with another args.json; put that back, or start a new run")
+    return state
+
+
+def resume(args, folder: Path, model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> tuple:
+    """(state, save) of a run that tunes a LoRA: what it has done so far, with --resume as stored (the LoRA, the optimiser and the
+    scaler are then set back too), and the function that stores all of it."""
+    state = load_checkpoint(folder) if args.resume else None
+    if state:
+        for name, parameter in model.lora().items():
+            parameter.data.copy_(state["lora"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    else:
+        state = {"round": 0, "rows": [], "losses": [], "accepted": [], "seconds": 0.0}
+    state["begun"] = time.perf_counter() - state["seconds"]
+
+    def save():
+        state.update(lora={n: p.detach().cpu() for n, p in model.lora().items()}, optimizer=optimizer.state_dict())
+        state.update(scaler=scaler.state_dict(), seconds=time.perf_counter() - state["begun"])
+        save_checkpoint(folder, {name: value for name, value in state.items() if name != "begun"})
+
+    return state, save
+
+
+def save_switch(folder: Path, model, timestep: float, args) -> None:
+    """pgraft.json: what must travel with the LoRA. The level is a training timestep, so it holds for any number of steps."""
+    alpha, sigma = model.alpha_sigma(timestep)
+    scheduler = dict(model.pipeline.scheduler.config)
+    content = {"switch_timestep": timestep, "switch": timestep / model.train_timesteps, "alpha": alpha, "sigma": sigma}
+    content |= {"rule": "the LoRA is on in the steps that start at a timestep above switch_timestep, off in the others"}
+    content |= {"model": args.model, "prediction_type": model.prediction_type, "scheduler": scheduler}
+    content |= {name: getattr(args, name) for name in ("steps", "guidance", "eta", "data")}
+    write_atomically(folder / "pgraft.json", json.dumps(content, indent=2) + "\n")
+
+
+def read_switch(folder: str, instead: str, model=None) -> float:
+    """The timestep of the switch in a run's pgraft.json; InputError, which tells to give `instead`, if there is none, if it is damaged,
+    or if the model has another noise level there."""
+    path = Path(folder) / "pgraft.json"
+    if not path.is_file():
+        raise InputError(f"{path}: does not exist; give the folder of a finished pgraft.py run, or {instead}")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        timestep, level = float(stored["switch_timestep"]), float(stored["sigma"])
+        if not math.isfinite(timestep):
+            raise ValueError("no number")
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise InputError(f"{path}: is damaged; give {instead}") from None
+    if model:
+        sigma = model.alpha_sigma(timestep)[1] if 0 <= timestep < model.train_timesteps else math.nan
+        if not abs(sigma - level) < 1e-3:
+            raise InputError(
+                f"{path} does not fit the model: noise level {level:.4f} at timestep {timestep:g}, the model has {sigma:.4f}; "
+                f"give --model {stored.get('model')}"
+            )
+    return timestep
+
+
+def check_lora(folder: str, flag: str) -> None:
+    """InputError, naming `flag`, if there is no LoRA in the folder."""
+    if not (Path(folder) / LORA_FILE).is_file():
+        raise InputError(f"{flag} {folder}: has no {LORA_FILE}; give the folder of a finished graft.py or pgraft.py run")
+
+
+def read_lora(args) -> None:
+    """Check --lora of noise_ppo.py and fill in its --switch_timestep: that of the run's pgraft.json, else -1 (the LoRA is on in all steps)."""
+    if not args.lora and args.switch_timestep is not None:
+        raise InputError(f"--switch_timestep {args.switch_timestep:g}: is of a LoRA; give --lora, the folder of its run")
+    if not args.lora:
+        return
+    check_lora(args.lora, "--lora")
+    if args.switch_timestep is None:
+        switched = (Path(args.lora) / "pgraft.json").is_file()
+        args.switch_timestep = read_switch(args.lora, "--switch_timestep") if switched else -1.0
+    if not -1 <= args.switch_timestep <= 999:
+        raise InputError(f"--switch_timestep {args.switch_timestep:g}: must be between -1 and 999")
+
+
+# ---------------------------------------------------------------- initial noises
+
+
+def match_norms(eps: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """eps (n, ...) from N(0, I) with its lengths moved to the law of `norms` (m,), order kept: |eps|^2 is chi-squared."""
+    length = eps.flatten(1).norm(dim=1)  # (n,)
+    quantile = torch.special.gammainc(torch.tensor(eps[0].numel() / 2).to(length), length.square() / 2)
+    return eps * (torch.quantile(norms, quantile) / length).view(-1, *[1] * (eps.dim() - 1))
 
 
 def noise_statistics(z: torch.Tensor) -> dict[str, float]:
@@ -623,10 +1093,12 @@ def print_table(table: list[dict], title: str, remark: str = "") -> None:
         print(f"{metric:<34}{one:>9.3f}{other:>9.3f}{difference:>+12.3f}  {se:.3f}")
 
 
-def describe(title: str, args, model, per_round: int, held_out: list, kl: float | None, more: str = "") -> str:
-    """The checked, derived settings of a run that accepts and tunes a LoRA. kl: nats, None if the rewards decide; more: a line."""
+def describe(title: str, args, model, per_round: int, held_out: list, more: str = "") -> str:
+    """The checked, derived settings of a run that accepts and tunes a LoRA. more: a line."""
     rule = {"topk": f"{args.top_k} best of {args.samples}", "preference": "better of two"}.get(args.rule, args.rule)
-    kl = "estimated in every round" if kl is None else f"{kl:.2f} nats at most (ties lower it)"
+    kl = "estimated in every round"
+    if args.rule in RANKING:  # then it does not depend on the rewards
+        kl = f"{estimated_kl(torch.zeros(1, args.samples), args.rule, top_k=args.top_k):.2f} nats at most (ties lower it)"
     of = "base" if args.reference == "base" or args.rounds == 1 else "model of the round"
     guided = "" if args.guidance == 1 else ", guided loss" if args.guided_loss else ", conditional loss"
     numbers = sum(p.numel() for p in model.lora().values())
@@ -640,12 +1112,63 @@ def describe(title: str, args, model, per_round: int, held_out: list, kl: float 
   evaluation {len(held_out)} held-out prompts x {args.eval_samples} pictures, base and tuned on the same seeds"""
 
 
-def write_metrics(folder: Path, writer, state: dict, base: dict, reward: str) -> None:
-    """metrics.csv and curves.png of all rounds; the newest goes to the tensorboard `writer`. base: the base's {metric: (prompts,)}."""
-    write_csv(folder / "metrics.csv", state["rows"])
+def sampled_row(number: int, args, table: torch.Tensor, index: torch.Tensor, scores: dict, pictures: list) -> dict:
+    """What metrics.csv says of a round's sampling. table: rewards (prompts, samples), index: of the accepted among all samples (n,),
+    scores: {reward: (prompts x samples,)}. InputError if nothing was accepted."""
+    groups = table.view(len(table), -1, 2 if args.rule == "preference" else args.samples)  # what a rule ranks
+    flat = ((groups.amax(2) == groups.amin(2)) & (args.rule in RANKING)).double().mean().item()  # no reward differs
+    if len(index) == 0:
+        share = f"{flat:.0%} of the groups had equal rewards, the best reward was {table.max():.4g}"
+        raise InputError(f"--rule {args.rule} accepted nothing: {share}; raise --samples or take another reward")
+    spread = [diversity(pictures[i : i + args.samples]) for i in range(0, len(pictures), args.samples)]
+    row = {"round": number, "reward_sampled": table.mean().item(), "reward_accepted": table.flatten()[index].mean().item()}
+    row |= {"acceptance_rate": len(index) / table.numel(), "flat_groups": flat}
+    row |= {"kl": estimated_kl(table, args.rule, top_k=args.top_k, threshold=args.threshold, beta=args.beta)}
+    row |= {"diversity": sum(spread) / len(spread)}
+    return row | {name: values.mean().item() for name, values in scores.items() if name != args.reward}
+
+
+def describe_switch(args, prompts: int) -> str:
+    """The line of a pgraft.py run on its switch; prompts: how many there are to train on."""
+    tried = f"{min(args.probe_prompts, prompts)} prompts x 2 states x {args.probe_restarts} restarts"
+    level = f"chosen by probing {tried} at each level" if args.switch == "auto" else args.switch
+    return f"  switch     {level}; trained on {args.data} noised to the levels above it\n"
+
+
+def describe_noise(args, model, policy: torch.nn.Module, per_iteration: int, held_out: list, folder: Path) -> str:
+    """The checked, derived settings of a run of noise_ppo.py."""
+    pictures, numbers = per_iteration * args.samples, sum(p.numel() for p in policy.parameters())
+    share = numbers / sum(p.numel() for p in model.denoiser.parameters())
+    learns = "sigma stays 1" if args.mean_only else "mu stays 0" if args.std_only else "mu and sigma"
+    return f"""Noise PPO -> {folder}
+  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}, frozen{f", with the LoRA of {args.lora}" if args.lora else ""}
+  policy     {args.policy}, {learns}: {numbers:,} parameters, {share:.1%} of the denoiser's; noise {tuple(model.latent_shape)}
+  sampling   {args.iterations} iterations x {per_iteration} prompts x {args.samples} = {args.iterations * pictures} pictures, \
+{args.steps} steps, guidance {args.guidance:g}, reward {args.reward}
+  update     {args.epochs} epochs in minibatches of {min(args.minibatch, pictures)}, clip {args.clip:g} on the ratio of the \
+{args.reduction} log-density, KL weight {args.kl_weight:g}, lr {args.lr:g}
+  evaluation {len(held_out)} held-out prompts x {args.eval_samples} pictures at {args.eval_steps} steps, the same seeds for all noises"""
+
+
+def write_metrics(folder: Path, state: dict, base: dict, reward: str) -> None:
+    """metrics.csv and curves.png of all rounds, tensorboard's events of the newest. base: the base's {metric: (prompts,)}."""
+    log(folder, state["rows"], state["round"], time.perf_counter() - state["begun"])
     save_curves(folder / "curves.png", state["rows"], state["losses"], base[reward].mean().item(), reward)
-    for name, value in state["rows"][-1].items():
-        writer.add_scalar(name, value, state["round"])
+
+
+def log(folder: Path, rows: list[dict], step: int, seconds: float) -> None:
+    """metrics.csv with all rows; tensorboard's events of the newest and, there alone since no two runs agree in it, the time it took."""
+    write_csv(folder / "metrics.csv", rows)
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=step) as writer:
+        for name, value in (rows[-1] | {"seconds": seconds}).items():
+            writer.add_scalar(name, value, step)
+
+
+def check_finite(where: str, loss: float, norm: float, scaler: torch.amp.GradScaler) -> None:
+    """InputError for a loss or gradient norm that is NaN or Inf. float16: an infinite gradient is no error while the scale can
+    fall; scaler.step skips the update."""
+    if not (math.isfinite(loss) and (math.isfinite(norm) or scaler.get_scale() > 1)):
+        raise InputError(f"{where}: loss {loss}, gradient norm {norm}; lower --lr or use --dtype float32 or bfloat16")
 
 
 def print_round(state: dict, rounds: int, speed: str) -> None:
@@ -743,19 +1266,46 @@ def save_panels(path: Path, panels: list[tuple[str, str, dict]], log_x: bool = F
     save_figure(figure, path)
 
 
-def save_probe(folder: Path, rows: list[dict], limit: float, reward: str) -> None:
-    """V(t) of P-GRAFT's probe with its standard error against the level: probe.csv, probe.png."""
+def show_probe(folder: Path, rows: list[dict], args, total: int) -> float:
+    """V(t) of P-GRAFT's probe with its standard error against the level: printed, probe.csv, probe.png; returns the timestep of the
+    recommended switch. total: timesteps in training."""
     write_csv(folder / "probe.csv", rows)
     figure = Figure(figsize=(5, 3), layout="constrained")
     axis = figure.subplots()
     axis.errorbar(*([row[name] for row in rows] for name in ("switch", "unresolved", "se")), fmt="o-", capsize=3)
-    axis.axhline(limit, linestyle=":", color="grey")
-    axis.set(xlabel="level t / T (1: noise)", ylabel=f"V(t) of {reward}", ylim=(0, None), xlim=(1, 0))
+    axis.axhline(args.probe_limit, linestyle=":", color="grey")
+    axis.set(xlabel="level t / T (1: noise)", ylabel=f"V(t) of {args.reward}", ylim=(0, None), xlim=(1, 0))
     save_figure(figure, folder / "probe.png")
+    switch, reason = recommend(rows, args.probe_limit)
+    print("\n  step  timestep  --switch   V(t)   s.e.   (the share of the reward that the state leaves open)")
+    for row in rows:
+        print("  {step:4d}  {timestep:8.0f}  {switch:8.3f}  {unresolved:5.2f}  {se:5.2f}".format(**row))
+    print(f"  recommended: --switch {switch / total:g}, {reason}", flush=True)
+    return switch
 
 
-def show_steps(folder: Path, rows: list[dict], results: dict, args) -> None:
-    """Noise PPO's gain.png, curves.png, and the two tables of its final evaluation, printed."""
+def print_iteration(row: dict, iterations: int, seconds: float) -> None:
+    """One line on an iteration of noise PPO; seconds: since the beginning."""
+    left = seconds / row["iteration"] * (iterations - row["iteration"])
+    rewarded = f"reward {row['reward']:.3f}, held-out {row['reward_held_out']:.3f}"
+    moved = f"clipped {row['clip_fraction']:.0%}, KL {row['kl_per_dimension']:.3f} a dimension"
+    print(f"  iteration {row['iteration']}/{iterations}  {rewarded}, {moved}, {left:.0f} s left", flush=True)
+
+
+def steps_row(steps: int, found: dict, table: list[dict], args) -> dict:
+    """Noise PPO's final evaluation at one number of steps. found: {initial noise: {metric: (prompts,)}}, table: of paired_table."""
+    row = {"steps": steps, "calls": steps * (2 if args.guidance > 1 else 1)}
+    row |= {key: table[0][key] for key in ("standard", "learnt", "gain", "se")}
+    row |= {name: means[args.reward].mean().item() for name, means in found.items() if name not in row}
+    row |= {name: values.mean().item() for name, values in found["standard"].items() if name.startswith("best_of")}
+    row["diversity_kept"] = (found["learnt"]["diversity"].mean() / found["standard"]["diversity"].mean()).item()
+    return row | {"means": {name: {k: v.mean().item() for k, v in means.items()} for name, means in found.items()}}
+
+
+def show_steps(folder: Path, rows: list[dict], results: dict, pictures: dict, prompts: list[str], args) -> None:
+    """Noise PPO's grid.png, gain.png, curves.png, and the two tables of its final evaluation, printed. pictures: {noise: list}."""
+    title = "learnt noise, same random draws (standard noise on the left)"
+    save_grid(folder / "grid.png", pictures["standard"], pictures["learnt"], prompts, args.eval_samples, title)
     by_steps = results["by_steps"]
     columns = {name: [row[name] for row in by_steps] for name in by_steps[0] if name != "means"}
     steps, gain = columns.pop("steps"), (columns["gain"], columns.pop("se"))
@@ -819,6 +1369,34 @@ def stock_switch(level: str) -> str:
 pipe.enable_lora()  # before every call: the last one has switched it off"""
 
 
+def pgraft_code(model, weights: str | Path, switch: float | None, prompt: str, args) -> str:
+    """The evaluation's first picture of P-GRAFT in stock diffusers. weights: folder of the LoRA; switch: a timestep, None: pgraft.json's."""
+    weights = Path(weights).resolve()
+    level = switch or f'json.load(open({str(weights / "pgraft.json")!r}))["switch_timestep"]'
+    return f"""import json; {stock_code(model)}
+pipe.load_lora_weights({str(weights)!r})
+switch = {level}
+
+{stock_switch("switch")}
+{stock_call(model, prompt, args, ", callback_on_step_end=base_from_the_switch_on")}"""
+
+
+def noise_code(model, folder: Path, prompt: str, args) -> str:
+    """The evaluation's first picture with the policy of noise_ppo.py in `folder` and stock diffusers."""
+    lora, callback = "", ""
+    if args.lora:
+        lora = f"\npipe.load_lora_weights({str(Path(args.lora).resolve())!r})"
+    if args.lora and args.switch_timestep >= 0:
+        callback = ", callback_on_step_end=base_from_the_switch_on"
+        lora += "\n\n" + stock_switch(f"{args.switch_timestep:g}")
+    call = f"pipe({prompt!r}, latents=latents, num_inference_steps={args.steps}, guidance_scale={args.guidance}{callback})"
+    return f"""{stock_code(model, 'timestep_spacing="trailing", ')}{lora}
+import sys; sys.path.insert(0, {str(ROOT)!r}); from noise_ppo import NoisePolicy
+policy = NoisePolicy.load({str(folder.resolve())!r}, pipe)
+latents = policy.sample({prompt!r}, torch.Generator().manual_seed({derived_seed("eval", 0, 0)}))
+{call}.images[0].save("learnt.png")"""
+
+
 # ---------------------------------------------------------------- the same for inverse_noise_correction.py
 
 
@@ -875,6 +1453,56 @@ def describe_correction(args, flow, network: torch.nn.Module, pictures: dict, fo
 at most {args.max_iterations} iterations a step
   corrector  {corrector_size:,} parameters, {args.corrector_steps} steps, {args.updates} updates x {args.batch}, lr {args.lr:g}
   evaluation {args.eval_pictures} pictures a row against {len(pictures["reference"])}, Frechet distance on the features {args.features!r}"""
+
+
+def check_inverted(parts: list[dict], most: float) -> None:
+    """InputError if more than `most` pictures of the batches that inverse_noise_correction.py keeps could not be inverted."""
+    tried, inverted = (sum(numbers) for numbers in zip(*((part["counts"][0].item(), len(part["noise"])) for part in parts)))
+    if tried - inverted > most:
+        worst = ", ".join(f"{c:.2f}" for c in torch.stack([part["contraction"] for part in parts]).nanmean(0))
+        raise InputError(
+            f"{tried - inverted} of the first {tried} pictures could not be inverted (median contraction of the steps {worst}; the "
+            "smaller the better, with --memory 0 below 1): use more --steps, more --data_noise, a --grid_power above 1 or more "
+            "--max_iterations"
+        )
+
+
+def inversion_report(parts: list[dict]) -> dict:
+    """What was inverted, for results.json, from the batches that inverse_noise_correction.py keeps. InputError if too little was."""
+    joined = {name: torch.cat([part[name] for part in parts]) for name in ("noise", "error", "residual")}
+    pictures, calls = (sum(part["counts"][i].item() for part in parts) for i in (0, 1))
+    if len(joined["noise"]) < 20:
+        raise InputError(f"only {len(joined['noise'])} pictures could be inverted: give more")
+    report = {"pictures": pictures, "left_out": pictures - len(joined["noise"]), "calls": calls}
+    report |= {"largest_residual": joined["residual"].max().item(), "round_trip_error": joined["error"].mean().item()}
+    report["largest_round_trip_error"] = joined["error"].max().item()
+    report["iterations"] = torch.stack([part["iterations"] for part in parts]).double().mean(0).tolist()
+    report["contraction"] = torch.stack([part["contraction"] for part in parts]).double().nanmean(0).tolist()
+    return report
+
+
+def print_inversion(report: dict) -> None:
+    """One line on what inversion_report returned."""
+    contraction = ", ".join(f"{c:.2f}" for c in report["contraction"])
+    error, left_out = f"|T(z) - x| {report['round_trip_error']:.1e}", f"{report['left_out']} of {report['pictures']} left out"
+    print(f"  inverted   {left_out}, {report['calls']} model calls, {error}, median contraction {contraction}", flush=True)
+
+
+def show_correction(
+    folder: Path, results: dict, rows: list[dict], noises: dict[str, torch.Tensor], data: torch.Tensor
+) -> None:
+    """results.json, to which the rows of the table and the statistics of the noises are added, pictures, and the tables, printed.
+    noises: {name: (n, channels, height, width)}; data: pictures to compare with, the same shape."""
+    results = {"table": [{k: row[k] for k in ("arm", "steps", "fd", "flops")} for row in rows]} | results
+    results["noise"] = {name: noise_statistics(z) for name, z in noises.items()}
+    results["seconds"]["per_picture"] = [row["seconds"] for row in rows]
+    write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    save_frechet_curve(folder / "curve.png", results["table"], results["floor"])
+    save_noises(folder / "noise.png", noises, results["noise"])
+    strips, main_arms = {"data": data[:8]}, ("base", "scale only", "gaussian", "corrector")
+    strips |= {f"{row['arm']}, {row['steps']} steps": row["pictures"] for row in rows if row["arm"] in main_arms}
+    save_strips(folder / "grid.png", strips | {f"noise: {name}": z[:8] / 3 for name, z in noises.items()})
+    print_correction(results)
 
 
 def print_correction(results: dict) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from graft_shapes import ROOT, VALID, header, line, load, mean_and_se
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(ROOT))
 from rewards import save_figure  # noqa: E402
@@ -102,13 +102,9 @@ def cost(script: str, args: dict) -> tuple[int, int]:
 
 
 def seconds_at(folder: Path) -> list[float]:
-    """Seconds into the run at which each row of metrics.csv was logged, from TensorBoard's time stamps; of a resumed run the sum
-    over its parts."""
-    found, before = {}, 0.0
-    for file in sorted((folder / "tensorboard").glob("events*"), key=lambda f: int(f.name.split(".")[3])):
-        stamps = [(event.step, event.wall_time) for event in EventFileLoader(str(file)).Load()]
-        found |= {step: before + time - stamps[0][1] for step, time in stamps if step}
-        before = found[max(found)] if found else 0.0
+    """Seconds into the run at which each row of metrics.csv was logged; of a resumed run the sum over its parts."""
+    events = EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("seconds")
+    found = {event.step: event.value for event in events}
     return [found[step] for step in sorted(found)]
 
 

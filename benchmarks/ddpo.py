@@ -17,22 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common
 import graft
-import rewards as show  # what a run prints and writes
+import rewards as run  # arguments, run folder, tables, pictures
 from common import DTYPES, ROOT, InputError, Model, derived_seed
-from rewards import read_task, schedule_prompts, score
+from rewards import score
 
-# settings left out, as graft.py fills them in; the learning rate of the embedded model was chosen on validation prompts
-DEFAULTS = graft.DEFAULTS | {"eta": (1.0,) * 4, "lr": (3e-3, 3e-4, 3e-4, 3e-4)}
-SHARED = "rounds prompts_per_round samples guidance sample_batch batch micro_batch lora_rank steps lr eval_samples eval_every seed lora_alpha"
-LIMITS = {name: graft.LIMITS[name] for name in SHARED.split()}
-LIMITS |= {"epochs": (1, 10**9), "eta": (1e-6, 1), "clip": (1e-9, 1e9), "advantage_max": (1e-9, 1e9), "samples": (2, 10**4)}
+# what is not as in graft.py; the learning rate of the embedded model was chosen on validation prompts
+DEFAULTS = {"eta": (1.0,) * 4, "lr": (3e-3, 3e-4, 3e-4, 3e-4)}
+LIMITS = {"eta": (1e-6, 1), "advantage_max": (1e-9, 1e9), "samples": (2, 10**4)}
 
 
 @dataclass
@@ -132,30 +128,28 @@ def sample_trajectories(model, noise, text, grid, args):
 # ================================================================ the run
 
 
-def main(args, folder_known):
-    common.complete(args, DEFAULTS, LIMITS, {"dtype": ("float32", "bfloat16")})
-    prompts, held_out, rewards = read_task(args)
+def main(args):
+    run.complete(args, DEFAULTS, LIMITS, {"dtype": ("float32", "bfloat16")})
+    prompts, held_out, rewards = run.read_task(args)
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
     grid = model.timesteps(args.steps)
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    schedule = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
-    folder = common.make_run_folder(args, "ddpo", args.model, args.seed)
-    folder_known(folder)
+    schedule = run.schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
+    folder = run.make_run_folder(args, "ddpo", args.model, args.seed)
     pictures = args.rounds * len(schedule[0]) * args.samples
     print(f"""DDPO -> {folder}
   sampling   {args.rounds} rounds x {len(schedule[0])} prompts x {args.samples} = {pictures} pictures, {args.steps} steps, eta {args.eta:g}
   update     {args.epochs} epochs x {math.ceil(len(schedule[0]) * args.samples / args.batch)} updates x {args.batch} trajectories a round, \
 clip {args.clip:g}, lr {args.lr:g}""")
     model.remember(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
-    state = common.load_checkpoint(folder) if args.resume else None
+    state = run.load_checkpoint(folder) if args.resume else None
     if state:
         for name, parameter in model.lora().items():
             parameter.data.copy_(state["lora"][name])
         optimizer.load_state_dict(state["optimizer"])
     else:
         state = {"round": 0, "rows": [], "seconds": 0.0}
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state["round"] + 1)
     begun = time.perf_counter() - state["seconds"]
     with model.lora_off():
         base, base_pictures = graft.evaluate(model, rewards, held_out, args, "evaluate base")
@@ -213,21 +207,18 @@ clip {args.clip:g}, lr {args.lr:g}""")
                 f"{name}_held_out": state["tuned"][key].mean().item()
                 for name, key in (("reward", args.reward), ("diversity", "diversity"))
             }
-            show.save_grid(folder / "grid.png", base_pictures, shown, held_out, args.eval_samples)
+            run.save_grid(folder / "grid.png", base_pictures, shown, held_out, args.eval_samples)
         state["seconds"] = time.perf_counter() - begun
         state["rows"].append(row)
         state.update(
             round=r + 1, lora={n: p.detach().cpu() for n, p in model.lora().items()}, optimizer=optimizer.state_dict()
         )
         model.save_lora(folder)
-        show.write_csv(folder / "metrics.csv", state["rows"])
-        for name, value in row.items():
-            writer.add_scalar(name, value, r + 1)
-        common.save_checkpoint(folder, state)
+        run.log(folder, state["rows"], r + 1, state["seconds"])
+        run.save_checkpoint(folder, state)
         print("  " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-    writer.close()
-    show.write_results(folder, base, state["tuned"], args.reward, state["seconds"])
+    run.write_results(folder, base, state["tuned"], args.reward, state["seconds"])
 
 
 if __name__ == "__main__":
-    common.run_script(main, Args)
+    run.run_script(main, Args)

@@ -41,7 +41,7 @@ SCRIPTS = {  # a run that does everything
     "inverse_noise_correction.py": f"{INC} --eval_powers= --eval_corrector_steps 2",
 }
 WRITERS = ("os.fsync", "os.replace", "PIL.Image.Image.save", "safetensors.torch.save_file")
-START, WRITE = ("common.check_model_name", 1), ("os.fsync", 3)
+START, WRITE = ("rewards.check_model_name", 1), ("os.fsync", 3)
 PHASES = {  # the label of a progress bar, or the n-th call of a function
     "graft.py": [START, "evaluate base", "sample 1", "update 2", "evaluate 2", WRITE],
     "pgraft.py": [START, "probe", "evaluate base", "sample 2", "update 1", "evaluate 1", WRITE],

@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
 import graft  # noqa: E402
+import rewards  # noqa: E402
 from common import DTYPES, InputError, Model  # noqa: E402
 from shapes.train import make_tokenizer  # noqa: E402
 
@@ -252,12 +252,12 @@ def run_graft(argv: list[str], device: str) -> tuple:
             seconds.append(now(device) - start)
         phases.append({"phase": desc, "seconds": seconds[1:]} | peak_memory(device))
 
-    args, bars = common.parse_arguments(graft.Args, argv), graft.tqdm
+    args, bars = rewards.parse_arguments(graft.Args, argv), graft.tqdm
     clean_up()
     try:
         graft.tqdm = watched
         with contextlib.redirect_stdout(io.StringIO()):
-            graft.main(args, lambda folder: None)
+            graft.main(args)
     finally:
         graft.tqdm = bars
     return args, phases
@@ -494,7 +494,7 @@ def main() -> None:
     for name in options.families:
         result["families"][name] = measure(name, options, rate)
         show(name, result["families"][name])
-        common.write_atomically(options.out, json.dumps(result, indent=1) + "\n")
+        rewards.write_atomically(options.out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

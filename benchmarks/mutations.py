@@ -48,10 +48,18 @@ TWO_STEPS = "tests/test_pipeline.py -k 'test_sample_equals_stock_pipeline and 4'
 # copies in pgraft.py are compared with graft.py's by a test, so that they are changed in graft.py alone.
 TABLE = {
     # ------------------------------------------------------------ GRAFT
-    ("graft.py", "accept", f"{EQUATIONS} -k 'topk or quantiles'"): [("chance) < top_k", "chance) <= top_k")],
+    ("graft.py", "accept", f"{EQUATIONS} -k 'topk or quantiles'"): [
+        ("reshape(-1, size)) < best", "reshape(-1, size)) <= best")
+    ],
     ("graft.py", "accept", f"{EQUATIONS} -k preference"): [
-        ("chance.reshape(pairs)) == 0)", "chance.reshape(pairs)) == 1)"),
-        ("chance.reshape(pairs)) == 0)", "torch.zeros(pairs)) == 0)"),  # ties by index
+        ("chance.reshape(-1, size)) < best", "chance.reshape(-1, size)) >= best"),
+        ("chance.reshape(-1, size))", "torch.zeros(len(groups), size))"),  # ties by index
+        ("else (2, 1)", "else (2, 2)"),
+    ],
+    ("graft.py", "accept", f"{EQUATIONS} -k flat"): [
+        ("groups != groups[:, :1]", "groups == groups[:, :1]"),
+        ("mask if flat else mask &", "mask if flat else mask |"),
+        (".any(1, keepdim=True)", ".all(1, keepdim=True)"),
     ],
     ("graft.py", "accept", f"{EQUATIONS} -k exponential"): [
         ("((rewards - bound) / beta)", "((bound - rewards) / beta)"),
@@ -72,18 +80,18 @@ TABLE = {
         ("descending=True", "descending=False"),
         ("return order.argsort(1)", "return order"),
     ],
-    ("graft.py", "reshaped_reward", f"{EQUATIONS} -k 'reshaped_reward or quantiles or implied_kl'"): [
+    ("rewards.py", "reshaped_reward", f"{EQUATIONS} -k 'reshaped_reward or quantiles or implied_kl'"): [
         ("u ** (num_samples - 1 - j)", "u ** (num_samples - j)"),
         ("math.comb(num_samples - 1, j)", "math.comb(num_samples, j)"),
         ("(1 - u) ** j", "(1 - u)"),
         ("range(top_k)", "range(top_k + 1)"),
     ],
-    ("graft.py", "implied_kl", f"{EQUATIONS} -k implied_kl"): [
+    ("rewards.py", "implied_kl", f"{EQUATIONS} -k implied_kl"): [
         ("- (num_samples - 1) / num_samples", "- num_samples / (num_samples + 1)"),
         ("- (num_samples - 1) / num_samples", "+ (num_samples - 1) / num_samples"),
         ("num_samples / top_k *", "num_samples *"),
     ],
-    ("graft.py", "estimated_kl", f"{EQUATIONS} -k estimated_kl"): [
+    ("rewards.py", "estimated_kl", f"{EQUATIONS} -k estimated_kl"): [
         ("implied_kl(2, 1)", "implied_kl(rewards.shape[1], 1)"),
         ("chance.mean(1, keepdim=True)", "chance.mean()"),
         ("chance.mean(1, keepdim=True)", "chance.sum(1, keepdim=True)"),
@@ -145,7 +153,7 @@ TABLE = {
         ("(b / sigma_t) ** 2", "(sigma_t / b) ** 2"),
     ],
     ("pgraft.py", "denoising_loss", f"{PGRAFT} -k test_loss"): [("(weight * (", "(1.0 * (")],
-    ("pgraft.py", "unresolved_share", f"{PGRAFT} -k 'unresolved_share or jackknife'"): [
+    ("rewards.py", "unresolved_share", f"{PGRAFT} -k 'unresolved_share or jackknife'"): [
         ("(1 - 1 / rewards.shape[2])", "1"),
         ("rewards.mean(2).var(1)", "rewards.mean(2).var(1, correction=0)"),
         ("rewards.var(2).mean(1)", "rewards.var(2, correction=0).mean(1)"),
@@ -177,7 +185,7 @@ TABLE = {
         ("denoise(model, x, levels[step:]", "denoise(model, noise[0], levels[step:]"),
         ("noise[before + 1 : step + 1]", "noise[before : step + 1]"),
     ],
-    ("pgraft.py", "recommend", f"{PGRAFT} -k recommendation"): [
+    ("rewards.py", "recommend", f"{PGRAFT} -k recommendation"): [
         ('row["unresolved"] + row["se"] <= limit', 'row["unresolved"] <= limit'),
         ("for row in rows:", "for row in rows[::-1]:"),
     ],
@@ -205,11 +213,11 @@ TABLE = {
         ("rewards - prompt_mean(rewards)", "rewards - rewards.mean()"),
         ('"batch": centred.square().mean()', '"batch": rewards.square().mean()'),
         ('"prompt": prompt_mean(centred.square())', '"prompt": centred.square().mean()'),
-        ("square.sqrt()", "square"),
+        ("square[normalise].sqrt()", "square[normalise]"),
         ("/ count)[place]", "/ len(values))[place]"),
     ],
     ("noise_ppo.py", "advantages", f"{NOISE} -k do_not_differ"): [(".clamp(min=1e-6)", "")],
-    ("noise_ppo.py", "explained_variance", f"{NOISE} -k explained_variance"): [("* samples / (samples - 1)", "")],
+    ("rewards.py", "explained_variance", f"{NOISE} -k explained_variance"): [("* samples / (samples - 1)", "")],
     ("noise_ppo.py", "NoisePolicy.forward", f"{NOISE} -k 'standardised_text or options_say'"): [
         ("- self.centre) * self.scale", "- self.centre)"),
         ("log_std * self.learn_std", "log_std * self.learn_mean"),
@@ -267,7 +275,7 @@ TABLE = {
         (".sqrt()", ""),
         ("flat.mean(0), ", "0 * flat.mean(0), "),
     ],
-    ("inverse_noise_correction.py", "match_norms", f"{INVERSE} -k match_norms"): [
+    ("rewards.py", "match_norms", f"{INVERSE} -k match_norms"): [
         ("length.square() / 2", "length.square()"),
         ("quantile) / length)", "quantile))"),
     ],
@@ -294,7 +302,7 @@ TABLE = {
     ("common.py", "Model.alpha_sigma", TWO_STEPS): [
         ("abar.sqrt(), (1 - abar).sqrt()", "abar, 1 - abar"),
         ("(1 - abar).sqrt()", "(1 - abar)"),
-        ("self.alphas_cumprod[at]", "self.alphas_cumprod[(at + 1).clamp(max=999)]"),
+        ("at.cpu().long().clamp(min=-1)", "(at.cpu().long() + 1).clamp(max=999)"),
     ],
     ("common.py", "Model.alpha_sigma", f"{FAMILIES} -k 'test_denoising_loss and sd3'"): [
         ("alpha = 1 - sigma", "alpha = (1 - sigma**2) ** 0.5")

@@ -213,6 +213,34 @@ def check_flow(name):
     return channels, size, size
 
 
+def read_settings(folder, network, scheduler):
+    """corrector.json of a corrector's folder; InputError if there is none, or if it was learnt for another network, or for other levels
+    than those of the scheduler, whose set_timesteps has been called."""
+    if not (folder / "corrector.json").is_file():
+        raise InputError(f"{folder}: holds no corrector (no corrector.json)")
+    settings = json.loads((folder / "corrector.json").read_text(encoding="utf-8"))
+    if model_hash(network) != settings["model_hash"]:
+        raise InputError(f"{folder}: this corrector was learnt for another model; learn one for this model")
+    given = scheduler.sigmas.tolist()
+    levels = torch.tensor([sigma * scheduler.config.num_train_timesteps for sigma in given[:-1]])
+    if given != settings["sigmas"] or not levels.allclose(torch.tensor(settings["timesteps"])):
+        asked = asked_levels(settings["steps"], settings["grid_power"])
+        raise InputError(
+            f"{folder}: this corrector was learnt for the {settings['steps']} steps in corrector.json, the scheduler is set to "
+            f"{len(given) - 1} others: call scheduler.set_timesteps(sigmas={asked}) first"
+        )
+    return settings
+
+
+def check_networks(args, shape):
+    """InputError unless the networks that the arguments of inverse_noise_correction.py ask for can be made for pictures of that shape."""
+    check_network(args.corrector_network, shape[1], "--corrector_network")
+    if args.train_base:
+        check_network(args.base_network, shape[1], "--base_network")
+    if shape[0] not in (1, 3):
+        raise InputError(f"--channels {shape[0]}: must be 1 (grey) or 3 (RGB)")
+
+
 def check_network(spec, size, flag):
     """InputError unless new_network can make this for size x size pictures."""
     kind, _, widths = spec.partition(":")

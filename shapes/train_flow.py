@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-import common
-from rewards import frechet_distance
+from common import check_device, derived_seed
+from rewards import frechet_distance, write_atomically
 from shapes.flow import Flow, fit, flow_objective
 from shapes.flow_data import FLOW, WORLD, FeatureNet, draw
 
@@ -54,7 +54,7 @@ def train_features(args: Args) -> FeatureNet:
     """Half of the pictures are the world's own, half are wrong in the ways of a sampler (flow_data.draw, vary)."""
     torch.manual_seed(args.seed)
     net = FeatureNet().to(args.device)
-    parts = [draw(args.pictures // 2, common.derived_seed(args.seed, "features", int(vary)), vary) for vary in (False, True)]
+    parts = [draw(args.pictures // 2, derived_seed(args.seed, "features", int(vary)), vary) for vary in (False, True)]
     pictures, kinds, labels = (torch.cat(columns).to(args.device) for columns in zip(*parts))
     labels = (labels - labels.mean(0)) / labels.std(0)
 
@@ -78,13 +78,13 @@ def train_features(args: Args) -> FeatureNet:
 @torch.no_grad()
 def report_features(net: FeatureNet, device: str, count: int) -> None:
     """Accuracy on new pictures; the Frechet distance of data against data and against pictures with a known fault."""
-    pictures, kinds, labels = (part.to(device) for part in draw(count // 5, common.derived_seed("feature test"), True))
+    pictures, kinds, labels = (part.to(device) for part in draw(count // 5, derived_seed("feature test"), True))
     logits, answers = net.answers(pictures)
     right = (logits.argmax(1) == kinds).float().mean()
     labels = (labels - labels.mean(0)) / labels.std(0)
     explained = [torch.corrcoef(torch.stack(pair))[0, 1].square().item() for pair in zip(answers.T, labels.T)]
     print(f"features: shape right {right:.3f}, explained variance {', '.join(f'{e:.2f}' for e in explained)}")
-    reference, fresh = (draw(n, common.derived_seed("feature test", n))[0].to(device) for n in (count, count // 5))
+    reference, fresh = (draw(n, derived_seed("feature test", n))[0].to(device) for n in (count, count // 5))
     faults = {"none": fresh, "5 % less contrast": 0.95 * fresh, "noise 0.03 added": fresh + 0.03 * torch.randn_like(fresh)}
     faults["moved by a pixel"] = fresh.roll(1, 3)
     faults["tenth replaced by noise"] = torch.cat([fresh[count // 50 :], torch.randn_like(fresh[: count // 50])])
@@ -93,7 +93,7 @@ def report_features(net: FeatureNet, device: str, count: int) -> None:
 
 
 def main(args: Args) -> None:
-    args.device = common.check_device(args.device, "float32")
+    args.device = check_device(args.device, "float32")
     for wanted, part in ((args.flow, "scheduler"), (args.features, "features.safetensors")):
         if wanted and (args.out / part).exists():
             raise SystemExit(f"{args.out / part} exists: remove it or choose another --out")
@@ -103,11 +103,11 @@ def main(args: Args) -> None:
         net = train_features(args)
         report_features(net, args.device, min(10_000, args.pictures))
         weights = {name: value.half().cpu().contiguous() for name, value in net.state_dict().items()}
-        common.write_atomically(args.out / "features.safetensors", safetensors.torch.save(weights))
+        write_atomically(args.out / "features.safetensors", safetensors.torch.save(weights))
     if args.flow:
         torch.manual_seed(args.seed)
         flow = Flow.new(args.network, WORLD, args.device)
-        pictures = draw(args.pictures, common.derived_seed(args.seed, "flow"))[0]
+        pictures = draw(args.pictures, derived_seed(args.seed, "flow"))[0]
         loss, state = flow_objective(flow, pictures, args.batch), {}
         for _ in fit(flow.network, loss, args.updates, args.lr, (args.seed, "flow"), state, args.updates):
             pass

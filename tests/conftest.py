@@ -384,12 +384,15 @@ def read_metrics(folder):
 
 
 def read_scalars(folder):
-    """{tag: [(step, value)]} of the tensorboard events."""
+    """{tag: [(step, value)]} of the tensorboard events, but for the times, in which no two runs agree."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    times = [value for _, value in scalars.pop("seconds")]
+    assert times == sorted(times) and times[0] > 0
+    return scalars
 
 
 def assert_same_run(folder, other):

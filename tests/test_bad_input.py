@@ -203,12 +203,12 @@ EARLY = [  # found before anything is loaded
             "--reward_dtype int8": "--reward_dtype int8: must be one of float32",
             "--reward_device cpu --reward_dtype float16": "--reward_dtype float16 needs a CUDA device; on the CPU use",
             "--reward_batch 0": "--reward_batch 0: must be at least 1",
-            "--model @/no_pipeline": "--model | no_pipeline: is no diffusers pipeline; give the folder that holds a model_index.json",
+            "--model @/no_pipeline": "--model | no_pipeline: cannot be loaded (Error no file named model_index.json | give the folder or hub id of a pipeline",
             "--model @/flux": "--model | flux: is a FluxPipeline; supported: StableDiffusionPipeline, StableDiffusionXLPipeline",
             "--model @/unnamed": "--model | unnamed: is a None; supported: StableDiffusionPipeline",
-            "--model @/damaged": "--model | damaged: model_index.json is damaged; get the model again",
-            "--model @/list": "--model | list: model_index.json is damaged; get the model again",
-            f"--model {ROOT / 'shapes' / 'flow'}": "--model | flow: is no diffusers pipeline; give the folder",
+            "--model @/damaged": "--model | damaged: cannot be loaded | model_index.json' is not a valid JSON file",
+            "--model @/list": "--model | list: cannot be loaded | give the folder or hub id of a pipeline",
+            f"--model {ROOT / 'shapes' / 'flow'}": "--model | flow: cannot be loaded | no file named model_index.json",
             "--model nobody/nothing": "--model nobody/nothing: cannot be loaded",  # offline
         },
     ),
@@ -276,8 +276,8 @@ EARLY = [  # found before anything is loaded
             "--probe_prompts 1": "--probe_prompts 1: must be between 2 and",
             "--probe_limit 2": "--probe_limit 2.0: must be between 0 and 1",
             "--probe_limit -0.1": "--probe_limit -0.1: must be between 0 and 1",
-            "--evaluate @/missing": f"--evaluate @/missing: has no {LORA_FILE}; give the folder of a finished run",
-            "--evaluate @/no_lora": f"--evaluate @/no_lora: has no {LORA_FILE}; give the folder of a finished run",
+            "--evaluate @/missing": f"--evaluate @/missing: has no {LORA_FILE}; give the folder of a finished graft.py or pgraft.py run",
+            "--evaluate @/no_lora": f"--evaluate @/no_lora: has no {LORA_FILE}; give the folder of a finished graft.py or pgraft.py run",
             "--evaluate @/no_json": "no_json/pgraft.json: does not exist; give the folder of a finished pgraft.py run, or the level with --switch",
             **{
                 f"--evaluate @/{name}": f"{name}/pgraft.json: is damaged; give the level with --switch"
@@ -418,7 +418,7 @@ LATE = [  # found when the model has been loaded; % is the folder of late_files,
         {
             "--lora_targets to_z": "--lora_targets to_z: the model has no linear or convolution layer 'to_z'",
             "--lora_targets=": "--lora_targets | the model has no linear or convolution layer ''",
-            "--steps 999": "--steps 999: with 'trailing' spacing | take a number that divides 1000",
+            "--steps 999": "--steps 999: must be below the model's 1000 training steps | with 'trailing' spacing, divide them",
         },
     ),
     (
@@ -517,7 +517,11 @@ def refused(code, error, words, seconds, files):
 
 
 def names(*folders):
-    return [sorted(p for p in Path(folder).rglob("*") if "__pycache__" not in p.parts) for folder in folders if folder]
+    return [
+        sorted(p for p in Path(folder).rglob("*") if "__pycache__" not in p.parts and p.name != ".lock")
+        for folder in folders
+        if folder
+    ]
 
 
 def instead_of_loading(monkeypatch, action):

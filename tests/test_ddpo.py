@@ -21,6 +21,7 @@ from conftest import (
 )
 
 import graft
+import rewards
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ddpo
@@ -132,7 +133,7 @@ def test_run_and_resume(tiny_arguments, tmp_path, monkeypatch):
     argv = [*arguments_for(ddpo.Args, tiny_arguments), *"--eval_every 1 --epochs 2 --lr 3e-2 --clip 0.1".split()]
     code, out, error = run_inside([*argv, "--output", "whole"], SCRIPT)
     assert code == 0, error
-    stopped, save = [], ddpo.common.save_checkpoint
+    stopped, save = [], rewards.save_checkpoint
 
     def stop_after_the_first(folder, state):
         save(folder, state)
@@ -140,7 +141,7 @@ def test_run_and_resume(tiny_arguments, tmp_path, monkeypatch):
             stopped.append(1)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ddpo.common, "save_checkpoint", stop_after_the_first)
+    monkeypatch.setattr(rewards, "save_checkpoint", stop_after_the_first)
     code, _, error = run_inside([*argv, "--output", "stopped"], SCRIPT)
     assert code == 130 and "--resume stopped" in error
     code, _, error = run_inside(["--resume", "stopped"], SCRIPT)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import fcntl
 import io
 import random
 import sys
@@ -10,11 +9,13 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import pytest
 import torch
 from conftest import ROOT, assert_one_line, run_inside
 
-import common
+import rewards
+from common import InputError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import faults  # noqa: E402
@@ -35,7 +36,7 @@ def uninterrupted(tiny_arguments, tmp_path_factory):
 CASES = [
     (faults.killed_writing, ("os.replace", 1, False)),  # args.json has no name yet
     (faults.killed_writing, ("safetensors.torch.save_file", 1, True)),
-    (faults.interrupted, (("common.check_model_name", 1),)),
+    (faults.interrupted, (("rewards.check_model_name", 1),)),
     (faults.interrupted, ("update 2",)),
     (faults.full_disk, (0.6,)),
     (faults.damaged, ("checkpoint.pt", "changed", random.Random(0))),
@@ -79,15 +80,15 @@ def test_a_difference_is_seen(uninterrupted, tmp_path):
 
 def test_every_flipped_bit_of_a_checkpoint_is_refused_or_harmless(tmp_path):
     (tmp_path / "args.json").write_text("{}")
-    common.save_checkpoint(tmp_path, {"weights": torch.zeros(60), "loss": 1.5})
+    rewards.save_checkpoint(tmp_path, {"weights": torch.zeros(60), "loss": 1.5})
     path = tmp_path / "checkpoint.pt"
     whole, refused = path.read_bytes(), 0
     for place in range(0, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
         try:
-            state = common.load_checkpoint(tmp_path)
+            state = rewards.load_checkpoint(tmp_path)
             assert state["loss"] == 1.5 and torch.equal(state["weights"], torch.zeros(60)), place
-        except common.InputError:
+        except InputError:
             refused += 1
     assert refused > 0.3 * len(whole) / 3
     with zipfile.ZipFile(io.BytesIO(whole)) as file:
@@ -95,17 +96,25 @@ def test_every_flipped_bit_of_a_checkpoint_is_refused_or_harmless(tmp_path):
     place = whole.index(data)
     path.write_bytes(whole[:place] + b"\1" + whole[place + 1 :])
     assert torch.load(path, weights_only=True)["weights"].any()  # torch alone would take it
-    with pytest.raises(common.InputError, match="checkpoint.pt is damaged"):
-        common.load_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="checkpoint.pt is damaged"):
+        rewards.load_checkpoint(tmp_path)
 
 
-def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+@pytest.mark.parametrize("code, used", [(errno.ENOLCK, True), (errno.EIO, False)])
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capsys, code, used):
+    """Of a file system that knows no locks it is used with a warning."""
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    common.lock(tmp_path, "--output")
-    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+    def refuse(*_, **__):
+        raise OSError(code, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    args = SimpleNamespace(resume=str(tmp_path), output="")
+    if used:
+        assert rewards.make_run_folder(args, "graft", "model", 0) == tmp_path
+        assert "cannot be locked (No locks available)" in capsys.readouterr().err
+    else:
+        with pytest.raises(InputError, match="cannot be written"):
+            rewards.make_run_folder(args, "graft", "model", 0)
 
 
 def test_errors_that_are_not_the_disks_keep_their_traceback(monkeypatch):
@@ -113,25 +122,18 @@ def test_errors_that_are_not_the_disks_keep_their_traceback(monkeypatch):
     class Args:
         resume: str = ""
 
-    def main(args, folder_known):
+    def main(args):
         raise OSError(errno.EBADF, "odd")
 
     monkeypatch.setattr(sys, "argv", ["some.py"])
     with pytest.raises(OSError, match="odd"):
-        common.run_script(main, Args)
-
-
-def test_a_system_without_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "fcntl", None)
-    monkeypatch.setattr(common, "HELD", [])
-    args = SimpleNamespace(resume=str(tmp_path), output="")
-    assert common.make_run_folder(args, "graft", "model", 0) == tmp_path and common.HELD == []
+        rewards.run_script(main, Args)
 
 
 @pytest.mark.parametrize("script", list(faults.SCRIPTS))
 def test_disk_error_while_writing(script, tmp_path, monkeypatch):
     """The first file of a run that is no args.json cannot be written."""
-    written = common.write_atomically
+    written = rewards.write_atomically
 
     def full(path, content):
         if path.name != "args.json":
@@ -143,7 +145,7 @@ def test_disk_error_while_writing(script, tmp_path, monkeypatch):
     for name in ("train", "held_out"):
         Path(f"{name}.txt").write_text("a red circle left of a blue square\na green square above a red circle\n")
     monkeypatch.chdir("inside")
-    monkeypatch.setattr(common, "write_atomically", full)
+    monkeypatch.setattr(rewards, "write_atomically", full)
     code, _, error = run_inside(faults.arguments(script), script)
     error = error.split("\r")[-1]
     assert_one_line(code, error, f"{script} --resume run")

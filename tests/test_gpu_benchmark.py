@@ -13,6 +13,7 @@ from conftest import ROOT, run_inside
 
 import common
 import graft
+import rewards
 
 spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
 gpu = importlib.util.module_from_spec(spec)
@@ -50,7 +51,7 @@ def test_flags_are_those_of_the_readme(name):
         assert word in command and (
             word[:2] != "--" or not value or value[0][:2] == "--" or value[0] == command[command.index(word) + 1]
         )
-    args = common.parse_arguments(graft.Args, command[2:])
+    args = rewards.parse_arguments(graft.Args, command[2:])
     assert args.gradient_checkpointing and args.dtype == "bfloat16"
 
 

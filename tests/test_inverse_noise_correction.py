@@ -30,7 +30,7 @@ from PIL import Image
 import inverse_noise_correction as inc
 from common import InputError, derived_seed
 from inverse_noise_correction import Corrector, correct, euler_invert, euler_sample, interpolant
-from rewards import frechet_distance, frechet_features, noise_statistics
+from rewards import frechet_distance, frechet_features, match_norms, noise_statistics
 from shapes import flow as flows
 from shapes import flow_data
 from shapes.flow import Flow
@@ -389,7 +389,7 @@ def test_corrector_is_told_the_norm():
 
 def test_match_norms():
     eps, norms = randn(20_000, 1, 3, 4), 2 + torch.rand(5000, generator=seeded(1), dtype=torch.float64)
-    found = inc.match_norms(eps, norms)
+    found = match_norms(eps, norms)
     length, before = found.flatten(1).norm(dim=1), eps.flatten(1).norm(dim=1)
     grid = torch.linspace(0.02, 0.98, 9, dtype=torch.float64)
     assert torch.allclose(length.quantile(grid), norms.quantile(grid), atol=0.02)
@@ -708,7 +708,7 @@ def finished(arguments, tmp_path_factory):
 def test_run_folder_and_metrics(finished):
     folder, out = finished
     files = "args.json checkpoint.pt curve.png grid.png metrics.csv noise.png results.json"
-    assert {p.name for p in folder.iterdir()} == {*files.split(), "tensorboard", "corrector", "inversion"}
+    assert {p.name for p in folder.iterdir()} == {*files.split(), "tensorboard", "corrector", "inversion", ".lock"}
     rows = read_metrics(folder)
     assert [row["update"] for row in rows] == ["0", "2", "4", "5"]
     assert rows[0]["held_out"] == rows[0]["identity"] == rows[3]["identity"] and rows[1]["held_out"] != rows[2]["held_out"]
@@ -752,7 +752,7 @@ def test_results(finished, tiny_flow, data):
     expected += [("base trained on", None, k, 1.0, k * call) for k in sorted({3, matched})]
     expected += [("scale only", results["scale"] * eps, 3, 1.0, 3 * call)]
     expected += [("gaussian", gaussian, 3, 1.0, 3 * call + 2 * 64 * 64)]
-    matched_norms = inc.match_norms(
+    matched_norms = match_norms(
         eps,
         Corrector(None, {}, inc.gaussian_of(learnt_from)).standardise(learnt_from).flatten(1).norm(dim=1),
     )
@@ -833,7 +833,7 @@ KILLERS = [  # one after the other, each in the run that goes on from the one be
     ("os", "fsync", 3),  # in the middle of writing the second batch's noises
     ("torch.nn.utils", "clip_grad_norm_", 4),  # between two updates of the corrector, two are saved
     ("rewards", "write_csv", 2),
-    ("common", "save_checkpoint", 1),
+    ("rewards", "save_checkpoint", 1),
     ("torch.nn.utils", "clip_grad_norm_", 4),  # one update of the corrector, then the base trained on: two are saved
     ("torch.linalg", "eigvalsh", 3),  # in the evaluation, one row is saved
     ("rewards", "save_figure", 2),  # the end

@@ -42,10 +42,10 @@ import common
 import graft
 import pgraft
 from common import LORA_FILE, InputError, Model, derived_seed
-from pgraft import denoise, sample, shaped_target, switch_step, unresolved_share
-from rewards import Reward, paired_table, schedule_prompts
+from pgraft import denoise, sample, shaped_target, switch_step
+from rewards import Reward, paired_table, recommend, schedule_prompts, unresolved_share
 
-COPIES = "accept _rank reshaped_reward implied_kl estimated_kl guided_prediction draw_noise"
+COPIES = "accept _rank guided_prediction"
 
 
 @pytest.mark.parametrize("name", COPIES.split())
@@ -54,9 +54,6 @@ def test_copies_are_those_of_graft(name):
 
 
 def test_settings_are_those_of_graft():
-    assert pgraft.DEFAULTS == graft.DEFAULTS | {"eta": (1.0, 1.0, 1.0, 0.5)}
-    for name in ("LIMITS", "CHOICES"):  # pgraft has more
-        assert getattr(pgraft, name) == getattr(pgraft, name) | getattr(graft, name)
     own, other = (vars(script.Args()) for script in (pgraft, graft))
     for name in ("sample_only", "shard"):  # what another trainer goes on with are pictures
         del other[name]
@@ -296,12 +293,12 @@ def test_unresolved_share_at_the_ends():
 
 def test_recommendation():
     rows = [{"timestep": t, "unresolved": v, "se": e} for t, v, e in ((899, 0.9, 0.1), (599, 0.3, 0.1), (299, 0.2, 0.05))]
-    assert pgraft.recommend(rows, 1.0) == (899, "the noisiest level with V(t) + s.e. at most 1")
-    assert [pgraft.recommend(rows, limit)[0] for limit in (0.99, 0.4, 0.39, 0.25)] == [599, 599, 299, 299]
-    timestep, reason = pgraft.recommend(rows, 0.24)
+    assert recommend(rows, 1.0) == (899, "the noisiest level with V(t) + s.e. at most 1")
+    assert [recommend(rows, limit)[0] for limit in (0.99, 0.4, 0.39, 0.25)] == [599, 599, 299, 299]
+    timestep, reason = recommend(rows, 0.24)
     assert timestep == 299 and "cleanest" in reason and "nowhere at most 0.24" in reason
     with pytest.raises(InputError, match="no reward differ"):
-        pgraft.recommend([row | {"unresolved": math.nan, "se": math.nan} for row in rows], 0.5)
+        recommend([row | {"unresolved": math.nan, "se": math.nan} for row in rows], 0.5)
 
 
 # ---------------------------------------------------------------- V(t): the probe, on a model that knows its Gaussian
@@ -703,7 +700,7 @@ def test_run_prints_the_probe_and_the_switch(finished):
     assert len(printed) == 3
     for line, row in zip(printed, rows):
         assert [float(v) for v in line] == pytest.approx(list(row.values()), abs=0.006)
-    timestep, reason = pgraft.recommend(rows, pgraft.Args.probe_limit)
+    timestep, reason = recommend(rows, pgraft.Args.probe_limit)
     assert f"  recommended: --switch {timestep / 1000:g}, {reason}\n" in out
     switch_at = [749, 499, 249].index(timestep) + 1
     assert f"tuned model for {switch_at} of 4 steps, base model from timestep {timestep:.0f} on" in out
@@ -715,9 +712,9 @@ def test_run_prints_the_probe_and_the_switch(finished):
 def test_run_folder(finished, models, tiny_v):
     folder, _ = finished
     files = "args.json metrics.csv results.json curves.png grid.png checkpoint.pt probe.csv probe.png pgraft.json"
-    assert {p.name for p in folder.iterdir()} == {*files.split(), LORA_FILE, "tensorboard", "accepted"}
+    assert {p.name for p in folder.iterdir()} == {*files.split(), LORA_FILE, "tensorboard", "accepted", ".lock"}
     assert np.asarray(Image.open(folder / "probe.png")).std() > 0
-    stored, timestep = read_json(folder / "pgraft.json"), int(pgraft.recommend(read_probe(folder), pgraft.Args.probe_limit)[0])
+    stored, timestep = read_json(folder / "pgraft.json"), int(recommend(read_probe(folder), pgraft.Args.probe_limit)[0])
     abar = models["v"].pipeline.scheduler.alphas_cumprod[timestep].item()
     level = {"switch_timestep": timestep, "switch": timestep / 1000, "alpha": abar**0.5, "sigma": (1 - abar) ** 0.5}
     assert {name: stored.pop(name) for name in level} == pytest.approx(level, abs=1e-6)
@@ -736,7 +733,7 @@ def test_run_folder(finished, models, tiny_v):
 def test_probe_stops_before_training(arguments, finished, run):
     folder, out = run([*arguments, "--probe", "--lora_rank", "2"])  # on which the probe does not depend
     assert (folder / "probe.csv").read_bytes() == (finished[0] / "probe.csv").read_bytes()
-    assert {p.name for p in folder.iterdir()} == {"args.json", "checkpoint.pt", "probe.csv", "probe.png", "tensorboard"}
+    assert {p.name for p in folder.iterdir()} == {"args.json", "checkpoint.pt", "probe.csv", "probe.png", ".lock"}
     table = out[out.index("\n  step") : out.index("\nIn ")].strip()
     assert table in finished[1] and "base  " not in out and "round 1" not in out
 
@@ -896,7 +893,7 @@ def test_evaluate_reproduces_the_table(arguments, finished, run, tiny_v, prompt_
     results = read_json(folder / "results.json")
     for name in ("table", "steps", "switch_at", "switch_timestep"):
         assert results[name] == expected[name]
-    assert {p.name for p in folder.iterdir()} == {"args.json", "results.json", "grid.png"}
+    assert {p.name for p in folder.iterdir()} == {"args.json", "results.json", "grid.png", ".lock"}
     assert np.array_equal(Image.open(folder / "grid.png"), Image.open(finished[0] / "grid.png"))
     assert "recommended" not in out and "round" not in out.split("evaluation")[1]
     # another number of steps: the same level
@@ -943,9 +940,9 @@ def test_evaluate_graft_with_a_switch(tiny_arguments, run, tiny_v, prompt_files)
 
 KILLERS = [
     [("rewards", "jpeg_kilobytes", 20)],  # probing
-    [("common", "save_checkpoint", 1)],  # probed, not saved
+    [("rewards", "save_checkpoint", 1)],  # probed, not saved
     [("rewards", "write_csv", 1)],  # probe saved, its table not written
-    [("os", "replace", 8), ("common", "save_checkpoint", 2)],  # pgraft.json has no name yet; round 2 sampled, not saved
+    [("os", "replace", 8), ("rewards", "save_checkpoint", 2)],  # pgraft.json has no name yet; round 2 sampled, not saved
     [("torch.nn.utils", "clip_grad_norm_", 4)],  # last update
 ]
 

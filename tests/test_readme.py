@@ -15,7 +15,7 @@ from conftest import PROMPTS, ROOT, run_inside, stock_pipeline
 from packaging.requirements import Requirement
 from PIL import Image
 
-import common
+import rewards
 
 TEXT = readme.README.read_text(encoding="utf-8")
 BASH = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
@@ -121,7 +121,7 @@ def test_commands_in_the_text():
         if script == "-m":
             assert importlib.util.find_spec(words[0]), words
         elif script.removesuffix(".py") in readme.SCRIPTS:
-            args = common.parse_arguments(importlib.import_module(script.removesuffix(".py")).Args, words)
+            args = rewards.parse_arguments(importlib.import_module(script.removesuffix(".py")).Args, words)
             assert all(str(getattr(args, flag[2:])) for flag in words if flag.startswith("--"))
         elif script != "<script>":
             runner = ROOT / script

@@ -55,7 +55,7 @@ def test_run_prints_settings_rounds_and_table(finished):
 def test_run_folder(finished, tiny_v):
     folder, _ = finished
     files = {"args.json", "metrics.csv", "results.json", "curves.png", "grid.png", "checkpoint.pt", LORA_FILE}
-    assert {p.name for p in folder.iterdir()} == files | {"tensorboard", "accepted"}
+    assert {p.name for p in folder.iterdir()} == files | {"tensorboard", "accepted", ".lock"}
     assert json.loads((folder / "args.json").read_text())["model"] == tiny_v
     rows = read_metrics(folder)
     assert [r["round"] for r in rows] == ["1", "2"] and [r["acceptance_rate"] for r in rows] == ["0.25", "0.25"]
@@ -129,7 +129,7 @@ def test_shards_together_accept_what_one_run_accepts(tiny_arguments, tmp_path, m
     for name, more in (("whole", []), ("one", ["--shard", "1/2"]), ("two", ["--shard", "2/2"])):
         code, out, error = run_inside([*argv, *more, "--output", name])
         assert code == 0 and "accepted" in out, error
-        assert {p.name for p in (tmp_path / name).iterdir()} == {"args.json", "checkpoint.pt", "accepted", "tensorboard"}
+        assert {p.name for p in (tmp_path / name).iterdir()} == {"args.json", "checkpoint.pt", "accepted", ".lock"}
     whole, one, two = (accepted_set(tmp_path / name) for name in ("whole", "one", "two"))
     assert one and two and not set(one) & set(two) and set(one) | set(two) == set(whole)
     for name, (line, pixels) in (one | two).items():
@@ -184,14 +184,14 @@ def test_same_arguments_same_run(finished, uninterrupted):
 
 
 KILLERS = [
-    [("common", "save_checkpoint", 1)],  # sampled, nothing saved
+    [("rewards", "save_checkpoint", 1)],  # sampled, nothing saved
     [("torch.nn.utils", "clip_grad_norm_", 1)],  # first checkpoint written, no update made
     [("torch.nn.utils", "clip_grad_norm_", 2)],  # between two updates
-    [("common", "save_checkpoint", 2)],  # round 1 ended, not saved
+    [("rewards", "save_checkpoint", 2)],  # round 1 ended, not saved
     [("rewards", "jpeg_kilobytes", 45)],  # round 1 saved, round 2 sampling
     [("torch.nn.utils", "clip_grad_norm_", 4)],  # last update
-    [("common", "save_checkpoint", 4)],  # everything made, round 2 not saved
-    [("rewards", "jpeg_kilobytes", 9), ("torch.nn.utils", "clip_grad_norm_", 1), ("common", "save_checkpoint", 1)],
+    [("rewards", "save_checkpoint", 4)],  # everything made, round 2 not saved
+    [("rewards", "jpeg_kilobytes", 9), ("torch.nn.utils", "clip_grad_norm_", 1), ("rewards", "save_checkpoint", 1)],
 ]
 
 
@@ -213,7 +213,7 @@ def test_every_file_is_replaced_not_overwritten(tiny_arguments, tmp_path, n):
         load_file(tmp_path / "run" / LORA_FILE)  # its bytes may differ, the metadata is in no fixed order
         return {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file() and p.name != LORA_FILE}
 
-    killer = ("common", "save_checkpoint", 4)
+    killer = ("rewards", "save_checkpoint", 4)
     assert exit_code([*tiny_arguments, "--output", "run"], tmp_path, killer) == -signal.SIGKILL
     before = files()
     assert exit_code(["--resume", "run"], tmp_path, ("os", "fsync", n)) == -signal.SIGKILL
