@@ -1,4 +1,8 @@
-"""What is asked for, how it is judged, how it is shown: prompts, rewards, metrics, and a run's tables, pictures and code.
+"""Rewards, and all that surrounds a method and is no step of it. In this order:
+
+    rewards of a picture; rewards that are models; the language of --reward; statistics of pictures; the Frechet distance;
+    what an acceptance rule makes of the rewards; the command line; prompts, and which settings go together; the run folder and
+    its checkpoints; what a run prints, draws and writes: of all scripts, of pgraft.py, noise_ppo.py, inverse_noise_correction.py
 
 A reward is a function, `reward(images, prompts) -> tensor`. images: list of n PIL pictures, prompts: list of n strings, result: float32
 tensor (n,), larger is better. A reward may be anything: no gradient is needed.
@@ -389,15 +393,7 @@ def load_function(spec: str, flag: str):
     return getattr(module, name)
 
 
-# ---------------------------------------------------------------- what is reported beside every reward
-
-
-SHOWN = 24  # pictures that are kept whole, for grid.png: six prompts x 4
-
-
-def kept(images: list[Image.Image], number: int) -> list[Image.Image]:
-    """The pictures, the first being the `number`-th of all; from SHOWN on at most 64 x 64 pixels of each are kept."""
-    return [p if number + j < SHOWN else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
+# ---------------------------------------------------------------- statistics of pictures, reported beside every reward
 
 
 def image_statistics(images: list[Image.Image]) -> dict[str, torch.Tensor]:
@@ -409,28 +405,6 @@ def image_statistics(images: list[Image.Image]) -> dict[str, torch.Tensor]:
         "contrast": torch.tensor([g.std() for g in grey]).float(),
         "saturation": torch.tensor([np.asarray(i.convert("HSV"), float)[..., 1].mean() / 255 for i in images]).float(),
         "jpeg_kb": torch.tensor([jpeg_kilobytes(i) for i in images]).float(),
-    }
-
-
-def explained_variance(rewards: torch.Tensor, samples: int) -> float:
-    """1 - Var(r - baseline) / Var(r), the baseline being the mean of the prompt's other pictures. rewards: (prompts x samples,)."""
-    group = rewards.view(-1, samples)
-    residual = (group - group.mean(1, keepdim=True)) * samples / (samples - 1)
-    return 1 - (residual.square().mean() / rewards.var(correction=0)).item()
-
-
-def policy_statistics(
-    mean: torch.Tensor, log_std: torch.Tensor, log_ratio: torch.Tensor, kl: torch.Tensor
-) -> dict[str, float]:
-    """What an update of noise PPO did. mean, log_std: of the new policy (n, c, h, w); log_ratio: log new - log old density of what was
-    sampled (n,), in nats; kl: to N(0, I) (n,), in nats."""
-    return {
-        "approximate_kl": 0.5 * log_ratio.square().mean().item(),  # KL(old || new) in nats, to second order
-        "kl_per_dimension": kl.mean().item() / mean[0].numel(),
-        "mean_rms": mean.square().mean().sqrt().item(),
-        "mean_rms_own": (mean - mean.mean(0)).square().mean().sqrt().item(),  # what is the prompt's own, not shared by all
-        "std": log_std.exp().mean().item(),
-        "std_spread": log_std.exp().std().item(),
     }
 
 
@@ -520,44 +494,6 @@ def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None):
         chance = ((rewards - rewards.max(1, True).values) / beta).double().exp()
     weight = (chance / chance.mean(1, keepdim=True))[chance.sum(1) > 0]
     return torch.xlogy(weight, weight).mean().item() if len(weight) else math.nan
-
-
-def unresolved_share(rewards):
-    """(V, its standard error) of equation (7) of pgraft.py. rewards: (prompts, states, restarts), at least two of each.
-
-    Numerator and denominator are unbiased (analysis of variance: the variance of the states' means contains 1 / restarts of
-    the variance within); the error is the jackknife's over prompts, infinite if rewards differ for one prompt only. (nan, nan) if none differs.
-    """
-    rewards = rewards.double()
-    within = rewards.var(2).mean(1)  # (prompts,)
-    total = rewards.mean(2).var(1) + within * (1 - 1 / rewards.shape[2])
-    if total.sum() <= 0:
-        return math.nan, math.nan
-    n, left_out = len(rewards), (within.sum() - within) / (total.sum() - total)
-    if not left_out.isfinite().all():
-        return (within.sum() / total.sum()).item(), math.inf
-    return (within.sum() / total.sum()).item(), ((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt().item()
-
-
-def probe_rows(rewards: torch.Tensor, steps: list, timesteps: list, total: int) -> list[dict]:
-    """P-GRAFT's probe: rows {step, timestep, switch, unresolved, se}, the latter two from unresolved_share. rewards: (levels,
-    restarts, prompts, states), steps: after how many steps each level is, timesteps: of the sampler, total: of training."""
-    rows = []
-    for step, values in zip(steps, rewards):
-        share, se = unresolved_share(values.permute(1, 2, 0))
-        level = {"step": step, "timestep": timesteps[step], "switch": timesteps[step] / total}
-        rows.append(level | {"unresolved": share, "se": se})
-    return rows
-
-
-def recommend(rows: list[dict], limit: float) -> tuple[float, str]:
-    """(timestep of the recommended switch, the reason): the noisiest level with V(t) + its standard error <= limit."""
-    if all(math.isnan(row["unresolved"]) for row in rows):
-        raise InputError("the probe saw no reward differ; raise --probe_prompts or take another --reward")
-    for row in rows:
-        if row["unresolved"] + row["se"] <= limit:
-            return row["timestep"], f"the noisiest level with V(t) + s.e. at most {limit:g}"
-    return rows[-1]["timestep"], f"the cleanest level: V(t) + s.e. is nowhere at most {limit:g}"
 
 
 # ---------------------------------------------------------------- the command line
@@ -703,7 +639,7 @@ def parse_arguments(cls, argv: list[str] | None = None):
     return args
 
 
-# ---------------------------------------------------------------- what is asked for: rule, prompts, rewards
+# ---------------------------------------------------------------- prompts, and which settings go together
 
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 
@@ -742,6 +678,26 @@ def check_switch(args) -> None:
         check_lora(args.evaluate, "--evaluate")
     if args.evaluate and args.switch == "auto":
         read_switch(args.evaluate, "the level with --switch")
+
+
+def check_lora(folder: str, flag: str) -> None:
+    """InputError, naming `flag`, if there is no LoRA in the folder."""
+    if not (Path(folder) / LORA_FILE).is_file():
+        raise InputError(f"{flag} {folder}: has no {LORA_FILE}; give the folder of a finished graft.py or pgraft.py run")
+
+
+def read_lora(args) -> None:
+    """Check --lora of noise_ppo.py and fill in its --switch_timestep: that of the run's pgraft.json, else -1 (the LoRA is on in all steps)."""
+    if not args.lora and args.switch_timestep is not None:
+        raise InputError(f"--switch_timestep {args.switch_timestep:g}: is of a LoRA; give --lora, the folder of its run")
+    if not args.lora:
+        return
+    check_lora(args.lora, "--lora")
+    if args.switch_timestep is None:
+        switched = (Path(args.lora) / "pgraft.json").is_file()
+        args.switch_timestep = read_switch(args.lora, "--switch_timestep") if switched else -1.0
+    if not -1 <= args.switch_timestep <= 999:
+        raise InputError(f"--switch_timestep {args.switch_timestep:g}: must be between -1 and 999")
 
 
 def default_features(data: str) -> str:
@@ -867,10 +823,10 @@ def schedule_prompts(count: int, per_round: int, rounds: int, seed: int) -> list
     return schedule
 
 
-# ---------------------------------------------------------------- the run folder
+# ---------------------------------------------------------------- the run folder and its checkpoints
 
 LOCK = ".lock"  # a file in it
-HELD = []  # the lock of the run's folder
+HELD = []  # the lock of the run's folder, for as long as the process lives
 
 
 def check_output(output: str, resume: str) -> None:
@@ -977,95 +933,14 @@ def resume(args, folder: Path, model, optimizer: torch.optim.Optimizer, scaler: 
     return state, save
 
 
-def save_switch(folder: Path, model, timestep: float, args) -> None:
-    """pgraft.json: what must travel with the LoRA. The level is a training timestep, so it holds for any number of steps."""
-    alpha, sigma = model.alpha_sigma(timestep)
-    scheduler = dict(model.pipeline.scheduler.config)
-    content = {"switch_timestep": timestep, "switch": timestep / model.train_timesteps, "alpha": alpha, "sigma": sigma}
-    content |= {"rule": "the LoRA is on in the steps that start at a timestep above switch_timestep, off in the others"}
-    content |= {"model": args.model, "prediction_type": model.prediction_type, "scheduler": scheduler}
-    content |= {name: getattr(args, name) for name in ("steps", "guidance", "eta", "data")}
-    write_atomically(folder / "pgraft.json", json.dumps(content, indent=2) + "\n")
+# ---------------------------------------------------------------- what a run prints, draws and writes
+
+SHOWN = 24  # pictures that are kept whole, for grid.png: six prompts x 4
 
 
-def read_switch(folder: str, instead: str, model=None) -> float:
-    """The timestep of the switch in a run's pgraft.json; InputError, which tells to give `instead`, if there is none, if it is damaged,
-    or if the model has another noise level there."""
-    path = Path(folder) / "pgraft.json"
-    if not path.is_file():
-        raise InputError(f"{path}: does not exist; give the folder of a finished pgraft.py run, or {instead}")
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        timestep, level = float(stored["switch_timestep"]), float(stored["sigma"])
-        if not math.isfinite(timestep):
-            raise ValueError("no number")
-    except (ValueError, KeyError, TypeError, OverflowError):
-        raise InputError(f"{path}: is damaged; give {instead}") from None
-    if model:
-        sigma = model.alpha_sigma(timestep)[1] if 0 <= timestep < model.train_timesteps else math.nan
-        if not abs(sigma - level) < 1e-3:
-            raise InputError(
-                f"{path} does not fit the model: noise level {level:.4f} at timestep {timestep:g}, the model has {sigma:.4f}; "
-                f"give --model {stored.get('model')}"
-            )
-    return timestep
-
-
-def check_lora(folder: str, flag: str) -> None:
-    """InputError, naming `flag`, if there is no LoRA in the folder."""
-    if not (Path(folder) / LORA_FILE).is_file():
-        raise InputError(f"{flag} {folder}: has no {LORA_FILE}; give the folder of a finished graft.py or pgraft.py run")
-
-
-def read_lora(args) -> None:
-    """Check --lora of noise_ppo.py and fill in its --switch_timestep: that of the run's pgraft.json, else -1 (the LoRA is on in all steps)."""
-    if not args.lora and args.switch_timestep is not None:
-        raise InputError(f"--switch_timestep {args.switch_timestep:g}: is of a LoRA; give --lora, the folder of its run")
-    if not args.lora:
-        return
-    check_lora(args.lora, "--lora")
-    if args.switch_timestep is None:
-        switched = (Path(args.lora) / "pgraft.json").is_file()
-        args.switch_timestep = read_switch(args.lora, "--switch_timestep") if switched else -1.0
-    if not -1 <= args.switch_timestep <= 999:
-        raise InputError(f"--switch_timestep {args.switch_timestep:g}: must be between -1 and 999")
-
-
-# ---------------------------------------------------------------- initial noises
-
-
-def match_norms(eps: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """eps (n, ...) from N(0, I) with its lengths moved to the law of `norms` (m,), order kept: |eps|^2 is chi-squared."""
-    length = eps.flatten(1).norm(dim=1)  # (n,)
-    quantile = torch.special.gammainc(torch.tensor(eps[0].numel() / 2).to(length), length.square() / 2)
-    return eps * (torch.quantile(norms, quantile) / length).view(-1, *[1] * (eps.dim() - 1))
-
-
-def noise_statistics(z: torch.Tensor) -> dict[str, float]:
-    """Numbers that tell z (n, channels, height, width) from N(0, I)."""
-    z = z.double()
-    square = z.flatten(1).square().mean(1)  # (n,) 1 for N(0, I)
-    centred = (z - z.mean(0)) / z.std(0)  # every pixel standardised
-    energy = (centred.square() - 1) / centred.square().std()
-
-    def neighbours(values, lag):
-        across, down = values[..., lag:] * values[..., :-lag], values[..., lag:, :] * values[..., :-lag, :]
-        return (0.5 * (across.mean() + down.mean())).item()
-
-    return {
-        "norm": square.sqrt().mean().item(),  # divided by the square root of the dimension
-        "norm_spread": square.sqrt().std().item(),
-        "mean": z.mean().item(),
-        "variance": z.var(0).mean().item(),
-        "kurtosis": (centred**4).mean().item(),  # 3 for any Gaussian
-        "correlation_1": neighbours(centred, 1),  # of neighbours
-        "correlation_2": neighbours(centred, 2),
-        "energy_correlation_1": neighbours(energy, 1),  # of neighbours' squares: that correlation squared for any Gaussian
-        "energy_correlation_2": neighbours(energy, 2),
-    }
-
-
-# ---------------------------------------------------------------- a run's settings, tables, pictures, code
+def kept(images: list[Image.Image], number: int) -> list[Image.Image]:
+    """The pictures, the first being the `number`-th of all; from SHOWN on at most 64 x 64 pixels of each are kept."""
+    return [p if number + j < SHOWN else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
 
 
 def paired_table(base: dict, tuned: dict, columns: tuple = ("base", "tuned", "difference")) -> list[dict]:
@@ -1126,28 +1001,6 @@ def sampled_row(number: int, args, table: torch.Tensor, index: torch.Tensor, sco
     row |= {"kl": estimated_kl(table, args.rule, top_k=args.top_k, threshold=args.threshold, beta=args.beta)}
     row |= {"diversity": sum(spread) / len(spread)}
     return row | {name: values.mean().item() for name, values in scores.items() if name != args.reward}
-
-
-def describe_switch(args, prompts: int) -> str:
-    """The line of a pgraft.py run on its switch; prompts: how many there are to train on."""
-    tried = f"{min(args.probe_prompts, prompts)} prompts x 2 states x {args.probe_restarts} restarts"
-    level = f"chosen by probing {tried} at each level" if args.switch == "auto" else args.switch
-    return f"  switch     {level}; trained on {args.data} noised to the levels above it\n"
-
-
-def describe_noise(args, model, policy: torch.nn.Module, per_iteration: int, held_out: list, folder: Path) -> str:
-    """The checked, derived settings of a run of noise_ppo.py."""
-    pictures, numbers = per_iteration * args.samples, sum(p.numel() for p in policy.parameters())
-    share = numbers / sum(p.numel() for p in model.denoiser.parameters())
-    learns = "sigma stays 1" if args.mean_only else "mu stays 0" if args.std_only else "mu and sigma"
-    return f"""Noise PPO -> {folder}
-  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}, frozen{f", with the LoRA of {args.lora}" if args.lora else ""}
-  policy     {args.policy}, {learns}: {numbers:,} parameters, {share:.1%} of the denoiser's; noise {tuple(model.latent_shape)}
-  sampling   {args.iterations} iterations x {per_iteration} prompts x {args.samples} = {args.iterations * pictures} pictures, \
-{args.steps} steps, guidance {args.guidance:g}, reward {args.reward}
-  update     {args.epochs} epochs in minibatches of {min(args.minibatch, pictures)}, clip {args.clip:g} on the ratio of the \
-{args.reduction} log-density, KL weight {args.kl_weight:g}, lr {args.lr:g}
-  evaluation {len(held_out)} held-out prompts x {args.eval_samples} pictures at {args.eval_steps} steps, the same seeds for all noises"""
 
 
 def write_metrics(folder: Path, state: dict, base: dict, reward: str) -> None:
@@ -1266,6 +1119,74 @@ def save_panels(path: Path, panels: list[tuple[str, str, dict]], log_x: bool = F
     save_figure(figure, path)
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """Atomically write a figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    write_atomically(path, buffer.getvalue())
+
+
+def stock_code(model, more: str = "") -> str:
+    """Lines of Python that load the model in stock diffusers as `pipe`; more: options of the DDIM scheduler."""
+    name, flow = str(Path(model.name).resolve()) if Path(model.name).exists() else model.name, model.prediction_type == "flow"
+    options = f"dtype={model.dtype}" + "".join(f", {key}=None" for key in model.left_out)
+    lines = ["import torch; from diffusers import " + ("" if flow else "DDIMScheduler, ") + model.family]
+    lines += [f"pipe = {model.family}.from_pretrained({name!r}, {options}).to({model.device!r})"]
+    ddim = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {more}clip_sample=False)"
+    return "\n".join(lines if flow else [*lines, ddim])
+
+
+def stock_call(model, prompt: str, args, more: str = "") -> str:
+    """The call that makes the evaluation's first picture; more: further arguments. Stock flows know no eta."""
+    eta, remark = f"eta={args.eta}, ", ""
+    if model.prediction_type == "flow":
+        eta, remark = "", "# the stock flow is deterministic: not the picture of this run\n" if args.eta else ""
+    call = f"pipe({prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, {eta}"
+    generator = f"generator=torch.Generator().manual_seed({derived_seed('eval', 0, 0)})"
+    return f'{remark}{call}{generator}{more}).images[0].save("tuned.png")'
+
+
+# ---------------------------------------------------------------- of pgraft.py: the probe, the switch
+
+
+def unresolved_share(rewards):
+    """(V, its standard error) of equation (7) of pgraft.py. rewards: (prompts, states, restarts), at least two of each.
+
+    Numerator and denominator are unbiased (analysis of variance: the variance of the states' means contains 1 / restarts of
+    the variance within); the error is the jackknife's over prompts, infinite if rewards differ for one prompt only. (nan, nan) if none differs.
+    """
+    rewards = rewards.double()
+    within = rewards.var(2).mean(1)  # (prompts,)
+    total = rewards.mean(2).var(1) + within * (1 - 1 / rewards.shape[2])
+    if total.sum() <= 0:
+        return math.nan, math.nan
+    n, left_out = len(rewards), (within.sum() - within) / (total.sum() - total)
+    if not left_out.isfinite().all():
+        return (within.sum() / total.sum()).item(), math.inf
+    return (within.sum() / total.sum()).item(), ((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt().item()
+
+
+def probe_rows(rewards: torch.Tensor, steps: list, timesteps: list, total: int) -> list[dict]:
+    """P-GRAFT's probe: rows {step, timestep, switch, unresolved, se}, the latter two from unresolved_share. rewards: (levels,
+    restarts, prompts, states), steps: after how many steps each level is, timesteps: of the sampler, total: of training."""
+    rows = []
+    for step, values in zip(steps, rewards):
+        share, se = unresolved_share(values.permute(1, 2, 0))
+        level = {"step": step, "timestep": timesteps[step], "switch": timesteps[step] / total}
+        rows.append(level | {"unresolved": share, "se": se})
+    return rows
+
+
+def recommend(rows: list[dict], limit: float) -> tuple[float, str]:
+    """(timestep of the recommended switch, the reason): the noisiest level with V(t) + its standard error <= limit."""
+    if all(math.isnan(row["unresolved"]) for row in rows):
+        raise InputError("the probe saw no reward differ; raise --probe_prompts or take another --reward")
+    for row in rows:
+        if row["unresolved"] + row["se"] <= limit:
+            return row["timestep"], f"the noisiest level with V(t) + s.e. at most {limit:g}"
+    return rows[-1]["timestep"], f"the cleanest level: V(t) + s.e. is nowhere at most {limit:g}"
+
+
 def show_probe(folder: Path, rows: list[dict], args, total: int) -> float:
     """V(t) of P-GRAFT's probe with its standard error against the level: printed, probe.csv, probe.png; returns the timestep of the
     recommended switch. total: timesteps in training."""
@@ -1282,6 +1203,109 @@ def show_probe(folder: Path, rows: list[dict], args, total: int) -> float:
         print("  {step:4d}  {timestep:8.0f}  {switch:8.3f}  {unresolved:5.2f}  {se:5.2f}".format(**row))
     print(f"  recommended: --switch {switch / total:g}, {reason}", flush=True)
     return switch
+
+
+def describe_switch(args, prompts: int) -> str:
+    """The line of a pgraft.py run on its switch; prompts: how many there are to train on."""
+    tried = f"{min(args.probe_prompts, prompts)} prompts x 2 states x {args.probe_restarts} restarts"
+    level = f"chosen by probing {tried} at each level" if args.switch == "auto" else args.switch
+    return f"  switch     {level}; trained on {args.data} noised to the levels above it\n"
+
+
+def save_switch(folder: Path, model, timestep: float, args) -> None:
+    """pgraft.json: what must travel with the LoRA. The level is a training timestep, so it holds for any number of steps."""
+    alpha, sigma = model.alpha_sigma(timestep)
+    scheduler = dict(model.pipeline.scheduler.config)
+    content = {"switch_timestep": timestep, "switch": timestep / model.train_timesteps, "alpha": alpha, "sigma": sigma}
+    content |= {"rule": "the LoRA is on in the steps that start at a timestep above switch_timestep, off in the others"}
+    content |= {"model": args.model, "prediction_type": model.prediction_type, "scheduler": scheduler}
+    content |= {name: getattr(args, name) for name in ("steps", "guidance", "eta", "data")}
+    write_atomically(folder / "pgraft.json", json.dumps(content, indent=2) + "\n")
+
+
+def read_switch(folder: str, instead: str, model=None) -> float:
+    """The timestep of the switch in a run's pgraft.json; InputError, which tells to give `instead`, if there is none, if it is damaged,
+    or if the model has another noise level there."""
+    path = Path(folder) / "pgraft.json"
+    if not path.is_file():
+        raise InputError(f"{path}: does not exist; give the folder of a finished pgraft.py run, or {instead}")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        timestep, level = float(stored["switch_timestep"]), float(stored["sigma"])
+        if not math.isfinite(timestep):
+            raise ValueError("no number")
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise InputError(f"{path}: is damaged; give {instead}") from None
+    if model:
+        sigma = model.alpha_sigma(timestep)[1] if 0 <= timestep < model.train_timesteps else math.nan
+        if not abs(sigma - level) < 1e-3:
+            raise InputError(
+                f"{path} does not fit the model: noise level {level:.4f} at timestep {timestep:g}, the model has {sigma:.4f}; "
+                f"give --model {stored.get('model')}"
+            )
+    return timestep
+
+
+def stock_switch(level: str) -> str:
+    """Lines of Python that switch the LoRA of `pipe` off in the steps that start at the timestep `level` or below."""
+    return f"""def base_from_the_switch_on(pipe, i, t, kwargs):  # called after step i
+    if i + 1 == (pipe.scheduler.timesteps > {level}).sum():
+        pipe.disable_lora()
+    return kwargs
+
+pipe.enable_lora()  # before every call: the last one has switched it off"""
+
+
+def pgraft_code(model, weights: str | Path, switch: float | None, prompt: str, args) -> str:
+    """The evaluation's first picture of P-GRAFT in stock diffusers. weights: folder of the LoRA; switch: a timestep, None: pgraft.json's."""
+    weights = Path(weights).resolve()
+    level = switch or f'json.load(open({str(weights / "pgraft.json")!r}))["switch_timestep"]'
+    return f"""import json; {stock_code(model)}
+pipe.load_lora_weights({str(weights)!r})
+switch = {level}
+
+{stock_switch("switch")}
+{stock_call(model, prompt, args, ", callback_on_step_end=base_from_the_switch_on")}"""
+
+
+# ---------------------------------------------------------------- of noise_ppo.py
+
+
+def describe_noise(args, model, policy: torch.nn.Module, per_iteration: int, held_out: list, folder: Path) -> str:
+    """The checked, derived settings of a run of noise_ppo.py."""
+    pictures, numbers = per_iteration * args.samples, sum(p.numel() for p in policy.parameters())
+    share = numbers / sum(p.numel() for p in model.denoiser.parameters())
+    learns = "sigma stays 1" if args.mean_only else "mu stays 0" if args.std_only else "mu and sigma"
+    return f"""Noise PPO -> {folder}
+  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}, frozen{f", with the LoRA of {args.lora}" if args.lora else ""}
+  policy     {args.policy}, {learns}: {numbers:,} parameters, {share:.1%} of the denoiser's; noise {tuple(model.latent_shape)}
+  sampling   {args.iterations} iterations x {per_iteration} prompts x {args.samples} = {args.iterations * pictures} pictures, \
+{args.steps} steps, guidance {args.guidance:g}, reward {args.reward}
+  update     {args.epochs} epochs in minibatches of {min(args.minibatch, pictures)}, clip {args.clip:g} on the ratio of the \
+{args.reduction} log-density, KL weight {args.kl_weight:g}, lr {args.lr:g}
+  evaluation {len(held_out)} held-out prompts x {args.eval_samples} pictures at {args.eval_steps} steps, the same seeds for all noises"""
+
+
+def explained_variance(rewards: torch.Tensor, samples: int) -> float:
+    """1 - Var(r - baseline) / Var(r), the baseline being the mean of the prompt's other pictures. rewards: (prompts x samples,)."""
+    group = rewards.view(-1, samples)
+    residual = (group - group.mean(1, keepdim=True)) * samples / (samples - 1)
+    return 1 - (residual.square().mean() / rewards.var(correction=0)).item()
+
+
+def policy_statistics(
+    mean: torch.Tensor, log_std: torch.Tensor, log_ratio: torch.Tensor, kl: torch.Tensor
+) -> dict[str, float]:
+    """What an update of noise PPO did. mean, log_std: of the new policy (n, c, h, w); log_ratio: log new - log old density of what was
+    sampled (n,), in nats; kl: to N(0, I) (n,), in nats."""
+    return {
+        "approximate_kl": 0.5 * log_ratio.square().mean().item(),  # KL(old || new) in nats, to second order
+        "kl_per_dimension": kl.mean().item() / mean[0].numel(),
+        "mean_rms": mean.square().mean().sqrt().item(),
+        "mean_rms_own": (mean - mean.mean(0)).square().mean().sqrt().item(),  # what is the prompt's own, not shared by all
+        "std": log_std.exp().mean().item(),
+        "std_spread": log_std.exp().std().item(),
+    }
 
 
 def print_iteration(row: dict, iterations: int, seconds: float) -> None:
@@ -1332,55 +1356,6 @@ def show_steps(folder: Path, rows: list[dict], results: dict, pictures: dict, pr
     print_table(results["table"], f"at {args.steps} steps")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Atomically write a figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
-
-
-def stock_code(model, more: str = "") -> str:
-    """Lines of Python that load the model in stock diffusers as `pipe`; more: options of the DDIM scheduler."""
-    name, flow = str(Path(model.name).resolve()) if Path(model.name).exists() else model.name, model.prediction_type == "flow"
-    options = f"dtype={model.dtype}" + "".join(f", {key}=None" for key in model.left_out)
-    lines = ["import torch; from diffusers import " + ("" if flow else "DDIMScheduler, ") + model.family]
-    lines += [f"pipe = {model.family}.from_pretrained({name!r}, {options}).to({model.device!r})"]
-    ddim = f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {more}clip_sample=False)"
-    return "\n".join(lines if flow else [*lines, ddim])
-
-
-def stock_call(model, prompt: str, args, more: str = "") -> str:
-    """The call that makes the evaluation's first picture; more: further arguments. Stock flows know no eta."""
-    eta, remark = f"eta={args.eta}, ", ""
-    if model.prediction_type == "flow":
-        eta, remark = "", "# the stock flow is deterministic: not the picture of this run\n" if args.eta else ""
-    call = f"pipe({prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, {eta}"
-    generator = f"generator=torch.Generator().manual_seed({derived_seed('eval', 0, 0)})"
-    return f'{remark}{call}{generator}{more}).images[0].save("tuned.png")'
-
-
-def stock_switch(level: str) -> str:
-    """Lines of Python that switch the LoRA of `pipe` off in the steps that start at the timestep `level` or below."""
-    return f"""def base_from_the_switch_on(pipe, i, t, kwargs):  # called after step i
-    if i + 1 == (pipe.scheduler.timesteps > {level}).sum():
-        pipe.disable_lora()
-    return kwargs
-
-pipe.enable_lora()  # before every call: the last one has switched it off"""
-
-
-def pgraft_code(model, weights: str | Path, switch: float | None, prompt: str, args) -> str:
-    """The evaluation's first picture of P-GRAFT in stock diffusers. weights: folder of the LoRA; switch: a timestep, None: pgraft.json's."""
-    weights = Path(weights).resolve()
-    level = switch or f'json.load(open({str(weights / "pgraft.json")!r}))["switch_timestep"]'
-    return f"""import json; {stock_code(model)}
-pipe.load_lora_weights({str(weights)!r})
-switch = {level}
-
-{stock_switch("switch")}
-{stock_call(model, prompt, args, ", callback_on_step_end=base_from_the_switch_on")}"""
-
-
 def noise_code(model, folder: Path, prompt: str, args) -> str:
     """The evaluation's first picture with the policy of noise_ppo.py in `folder` and stock diffusers."""
     lora, callback = "", ""
@@ -1397,7 +1372,38 @@ latents = policy.sample({prompt!r}, torch.Generator().manual_seed({derived_seed(
 {call}.images[0].save("learnt.png")"""
 
 
-# ---------------------------------------------------------------- the same for inverse_noise_correction.py
+# ---------------------------------------------------------------- of inverse_noise_correction.py
+
+
+def noise_statistics(z: torch.Tensor) -> dict[str, float]:
+    """Numbers that tell z (n, channels, height, width) from N(0, I)."""
+    z = z.double()
+    square = z.flatten(1).square().mean(1)  # (n,) 1 for N(0, I)
+    centred = (z - z.mean(0)) / z.std(0)  # every pixel standardised
+    energy = (centred.square() - 1) / centred.square().std()
+
+    def neighbours(values, lag):
+        across, down = values[..., lag:] * values[..., :-lag], values[..., lag:, :] * values[..., :-lag, :]
+        return (0.5 * (across.mean() + down.mean())).item()
+
+    return {
+        "norm": square.sqrt().mean().item(),  # divided by the square root of the dimension
+        "norm_spread": square.sqrt().std().item(),
+        "mean": z.mean().item(),
+        "variance": z.var(0).mean().item(),
+        "kurtosis": (centred**4).mean().item(),  # 3 for any Gaussian
+        "correlation_1": neighbours(centred, 1),  # of neighbours
+        "correlation_2": neighbours(centred, 2),
+        "energy_correlation_1": neighbours(energy, 1),  # of neighbours' squares: that correlation squared for any Gaussian
+        "energy_correlation_2": neighbours(energy, 2),
+    }
+
+
+def match_norms(eps: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """eps (n, ...) from N(0, I) with its lengths moved to the law of `norms` (m,), order kept: |eps|^2 is chi-squared."""
+    length = eps.flatten(1).norm(dim=1)  # (n,)
+    quantile = torch.special.gammainc(torch.tensor(eps[0].numel() / 2).to(length), length.square() / 2)
+    return eps * (torch.quantile(norms, quantile) / length).view(-1, *[1] * (eps.dim() - 1))
 
 
 def save_noises(path: Path, noises: dict[str, torch.Tensor], statistics: dict[str, dict]) -> None:
