@@ -645,7 +645,10 @@ PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 
 
 def check_rule(args) -> None:
-    """InputError if --rule lacks its parameter, or the numbers of pictures do not divide."""
+    """InputError if --rule lacks its parameter or is given another's, or the numbers of pictures do not divide."""
+    for name, rule in (("top_k", "topk"), ("threshold", "threshold"), ("beta", "exponential"), ("reward_max", "exponential")):
+        if args.rule != rule and getattr(args, name) != getattr(type(args), name):
+            raise InputError(f"--{name} {getattr(args, name)}: is of --rule {rule}, not {args.rule}; leave out one of the two")
     if args.batch % min(args.micro_batch, args.batch):
         raise InputError(f"--micro_batch {args.micro_batch}: must divide --batch {args.batch}")
     if args.rule == "threshold" and args.threshold is None:

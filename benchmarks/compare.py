@@ -53,7 +53,7 @@ ARMS = {
     ),
     "ddpo": ("DDPO", "benchmarks/ddpo.py", "--rounds 2"),
     # added when the setting above, the best after 8 rounds of tuning, had got worse after 8: the best of those tuned for 10
-    "ddpo_steady": ("DDPO, smaller clip", "benchmarks/ddpo.py --clip 1e-3 --batch 64", "--rounds 2"),
+    "ddpo_steady": ("DDPO, clip 1e-3, batch 64", "benchmarks/ddpo.py --clip 1e-3 --batch 64", "--rounds 2"),
 }
 DDPO_TUNING = "benchmarks/ddpo.py --eval_samples 2"
 LONG, SHORT = f"{DDPO_TUNING} --rounds 10 --eval_every 5 --batch 64", f"{DDPO_TUNING} --rounds 8 --eval_every 4"
@@ -212,22 +212,22 @@ def reached(results: Path) -> str:
         names = records[0]["curve"][0] if records else ()
         return {name: np.mean([[point[name] for point in r["curve"]] for r in records], 0) for name in names}
 
-    ddpo, graft = curve("ddpo"), {arm: found for arm in ("graft", "graft_tuned") if (found := curve(arm))}
-    if not ddpo or not graft:
-        return ""
-    lines = [header("DDPO's reward", *(ARMS[arm][0] for arm in graft))]
-    for which, at in (("best", ddpo["reward"].argmax()), ("last", len(ddpo["reward"]) - 1)):
-        cells = []
-        for ours in graft.values():
-            passed = np.flatnonzero(ours["reward"] >= ddpo["reward"][at])
+    curves = {arm: found for arm in ARMS if (found := curve(arm))}
+    ours = [arm for arm in ("graft", "graft_tuned") if arm in curves]
+    lines = [header("reward of", *(ARMS[arm][0] for arm in ours))]
+    for arm, which in [(arm, which) for arm in curves for which in ("best", "last") if arm.startswith("ddpo") and ours]:
+        ddpo, cells = curves[arm], []
+        at = ddpo["reward"].argmax() if which == "best" else -1
+        for graft in (curves[arm] for arm in ours):
+            passed = np.flatnonzero(graft["reward"] >= ddpo["reward"][at])
             cells.append("not reached")
             if len(passed):
-                costs = [f"{ours[name][passed[0]]:,.0f} (1/{ddpo[name][at] / ours[name][passed[0]]:.1f})" for name in COSTS]
+                costs = [f"{graft[name][passed[0]]:,.0f} (1/{ddpo[name][at] / graft[name][passed[0]]:.1f})" for name in COSTS]
                 said = ", ".join(f"{cost} {name}" for cost, name in zip(costs, COSTS))
-                cells[-1] = f"{ours['reward'][passed[0]]:.3f} after {said}"
+                cells[-1] = f"{graft['reward'][passed[0]]:.3f} after {said}"
         spent = ", ".join(f"{ddpo[name][at]:,.0f} {name}" for name in COSTS)
-        lines.append(line(f"{which}, {ddpo['reward'][at]:.3f} after {spent}", *cells))
-    return "\n".join(lines)
+        lines.append(line(f"{ARMS[arm][0]}, {which}: {ddpo['reward'][at]:.3f} after {spent}", *cells))
+    return "\n".join(lines) if len(lines) > 1 else ""
 
 
 def figure(results: Path) -> None:

@@ -95,9 +95,9 @@ def test_reached(stored):
     lines = compare.reached(stored).splitlines()
     costs = "200 (1/15.0) pictures, 4,000 (1/4.5) calls, 20 (1/7.5) seconds"
     for which, found in zip(("best", "last"), lines[2:], strict=True):
-        assert found == f"| {which}, 0.700 after 3,000 pictures, 18,000 calls, 150 seconds | 0.750 after {costs} |"
+        assert found == f"| DDPO, {which}: 0.700 after 3,000 pictures, 18,000 calls, 150 seconds | 0.750 after {costs} |"
     for seed in (0, 1):
         (stored / f"ddpo__{seed}.json").write_text(json.dumps(record([0.95, 0.3], 1000, 6000, 50.0)))
     best, last = compare.reached(stored).splitlines()[2:]
-    assert best == "| best, 0.950 after 1,000 pictures, 6,000 calls, 50 seconds | not reached |"
+    assert best == "| DDPO, best: 0.950 after 1,000 pictures, 6,000 calls, 50 seconds | not reached |"
     assert last.endswith("0.500 after 100 (1/20.0) pictures, 2,000 (1/6.0) calls, 10 (1/10.0) seconds |")
