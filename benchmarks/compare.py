@@ -16,16 +16,14 @@ import argparse
 import csv
 import json
 import math
-import os
 import platform
 import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from graft_shapes import ROOT, VALID, header, line, load, mean_and_se
+from graft_shapes import ROOT, VALID, execute, header, line, load, mean_and_se
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(ROOT))
@@ -118,11 +116,8 @@ def run(target: Path, folder: Path, command: list[str], seed: int) -> None:
         return
     script, *arguments = command = [*command, "--seed", str(seed)]
     go_on = ["--resume", str(folder)] if (folder / "args.json").exists() else [*arguments, "--output", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    done = subprocess.run([sys.executable, script, *go_on], cwd=ROOT, env=environment, **pipes)
-    if done.returncode:
-        print(f"{target.stem} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+    if failed := execute([script, *go_on]):
+        print(f"{target.stem} failed:\n{failed}", file=sys.stderr, flush=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     found = record(folder, command, seed)

@@ -37,61 +37,32 @@ ARMS = {
 }
 
 
-def run(results: Path, arm: str, command: list[str], seed: int, switches: list[str]) -> None:
-    """One training run -> results/<arm>__<seed>.json with its command, table and rows. switches: evaluate the LoRA also with
-    the base model from these levels on (pgraft.py --evaluate)."""
-    target = results / f"{arm}__{seed}.json"
-    if target.exists():
-        return
-    command = [*command, "--seed", str(seed)]
-    with tempfile.TemporaryDirectory() as folder:
-        output = f"{folder}/run"
-        stored = {}
-        for switch in ["", *switches]:
-            also = ["pgraft.py", "--evaluate", output, "--switch", switch, "--output", f"{folder}/{switch}"]
-            done = subprocess.run(
-                [sys.executable, *(also if switch else [*command, "--output", output])],
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
-                return
-            stored[switch] = json.loads(Path(f"{folder}/{switch}" if switch else output, "results.json").read_text())
-        with open(Path(output, "metrics.csv"), newline="") as file:
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        if seed == 0:
-            for name in ("grid.png", "curves.png"):
-                (results / f"{arm}__{name}").write_bytes(Path(output, name).read_bytes())
-    hardware = f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time on two cores"
-    record = {"command": " ".join(["python", *command]), "seed": seed, "hardware": hardware, **stored.pop(""), "rounds": rows}
-    if stored:
-        record["switched"] = {switch: result["table"] for switch, result in stored.items()}
-    target.write_text(json.dumps(record, indent=1) + "\n")
-    change = record["table"][0]
-    print(
-        f"{arm} {seed}: {change['base']:.3f} -> {change['tuned']:.3f} +- {change['se']:.3f}, {record['seconds']:.0f} s",
-        flush=True,
-    )
+def execute(command: list[str]) -> str:
+    """`python <command>` on one thread; what it says if it fails, else nothing."""
+    pipes = {"capture_output": True, "text": True, "start_new_session": True}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+    return done.stderr[-2000:] or "it said nothing" if done.returncode else ""
 
 
-def store(results: Path, arm: str, seed: int, command: list[str], pictures: tuple[str, ...], rows_of: str) -> dict | None:
+def store(
+    results: Path, arm: str, seed: int, command: list[str], pictures: tuple[str, ...], rows_of: str, switches: list[str] = []
+) -> dict | None:
     """One run of a script -> results/<arm>__<seed>.json with its command, results.json and, as rows_of, metrics.csv; of seed 0 the
-    pictures too. None if it is there already or the run failed."""
+    pictures too. switches: evaluate its LoRA also with the base model from these levels on (pgraft.py --evaluate). None if it is
+    there already or the run failed."""
     target = results / f"{arm}__{seed}.json"
     if target.exists():
         return None
     with tempfile.TemporaryDirectory() as folder:
         output = f"{folder}/run"
-        pipes = {"capture_output": True, "text": True, "start_new_session": True}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *command, "--output", output], cwd=ROOT, env=environment, **pipes)
-        if done.returncode:
-            print(f"{arm} {seed} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
-            return None
-        found = json.loads(Path(output, "results.json").read_text())
+        runs = {output: command}
+        for switch in switches:
+            runs[f"{folder}/{switch}"] = ["pgraft.py", "--evaluate", output, "--switch", switch]
+        for place, arguments in runs.items():
+            if failed := execute([*arguments, "--output", place]):
+                print(f"{arm} {seed} failed:\n{failed}", file=sys.stderr, flush=True)
+                return None
+        found, *switched = (json.loads(Path(place, "results.json").read_text()) for place in runs)
         with open(Path(output, "metrics.csv"), newline="") as file:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
         if seed == 0:
@@ -99,8 +70,19 @@ def store(results: Path, arm: str, seed: int, command: list[str], pictures: tupl
                 (results / f"{arm}__{name}").write_bytes(Path(output, name).read_bytes())
     hardware = f"1 thread of {platform.processor() or platform.machine()}, torch CPU float32, two runs at a time on two cores"
     record = {"command": " ".join(["python", *command]), "seed": seed, "hardware": hardware, **found, rows_of: rows}
+    if switched:
+        record["switched"] = {switch: result["table"] for switch, result in zip(switches, switched)}
     target.write_text(json.dumps(record, indent=1) + "\n")
     return record
+
+
+def run(results: Path, arm: str, command: list[str], seed: int, switches: list[str]) -> None:
+    """A run of graft.py or pgraft.py, as `store` keeps it; one line says how it ended."""
+    record = store(results, arm, seed, [*command, "--seed", str(seed)], ("grid.png", "curves.png"), "rounds", switches)
+    if record:
+        change = record["table"][0]
+        gained = f"{change['base']:.3f} -> {change['tuned']:.3f} +- {change['se']:.3f}"
+        print(f"{arm} {seed}: {gained}, {record['seconds']:.0f} s", flush=True)
 
 
 def load(results: Path, arm: str) -> list[dict]:
