@@ -1,15 +1,17 @@
-"""What every method file needs and no method is about: the model and its families, LoRA, seeds, the run folder.
+"""What every method file needs and no method is about: the models and their families, LoRA, the optimiser, seeds and noise.
 
 The denoising loops and the losses are not here: they stand in the method files, in sight.
 """
 
 import contextlib
 import importlib
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -42,12 +44,11 @@ def check_device(device: str, dtype: str, of: str = "") -> str:
 
 def check_model_name(name: str) -> str:
     """The pipeline class, one of FAMILIES, of a folder or hub id (owner/name). InputError for another; no weights are read."""
-    from diffusers import DiffusionPipeline
-
     if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
         raise InputError(f"--model {name}: no such folder, and no hub id of the form owner/name")
     try:
-        family = DiffusionPipeline.load_config(name).get("_class_name")
+        index = Path(name) / "model_index.json" if Path(name).exists() else hf_hub_download(name, "model_index.json")
+        family = json.loads(Path(index).read_text(encoding="utf-8")).get("_class_name")
     except Exception as error:  # no network, no right to it, no pipeline, a damaged file: many kinds
         raise InputError(f"--model {name}: cannot be loaded ({error}); give the folder or hub id of a pipeline") from None
     if str(family) not in FAMILIES:
@@ -240,8 +241,7 @@ class Model:
 
     @contextlib.contextmanager
     def lora_merged(self):
-        """Inside, the LoRA is merged into the weights (as fast as the plain model); afterwards they are restored bit by bit
-        from copies in main memory."""
+        """Inside, the LoRA is merged into the weights, as fast as the plain model; then they are restored bit by bit, from main memory."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [m for m in self.denoiser.modules() if isinstance(m, BaseTunerLayer)]
@@ -295,6 +295,6 @@ def derived_seed(*key: int | str) -> int:
 def draw_noise(seeds: list[int], steps: int, shape: tuple, dtype: torch.dtype) -> torch.Tensor:
     """(steps + 1, n, *shape): the initial noise, then one draw a step, in the order in which the stock pipeline asks for them when
     it is given one CPU generator for each of the n seeds."""
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    draws = [[torch.randn(shape, generator=g, dtype=dtype) for g in generators] for _ in range(steps + 1)]
-    return torch.stack([torch.stack(step) for step in draws])
+    generators = (torch.Generator().manual_seed(s) for s in seeds)
+    draws = [torch.stack([torch.randn(shape, generator=g, dtype=dtype) for _ in range(steps + 1)]) for g in generators]
+    return torch.stack(draws, 1)

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import rewards as run  # arguments, run folder, tables, pictures
+import rewards as run  # rewards.py: besides the rewards, arguments, run folder, tables, pictures
 from common import DTYPES, ROOT, InputError, Model, derived_seed, draw_noise, make_adamw
 from rewards import average_hash, diversity, image_statistics, score
 
-reshaped_reward, implied_kl = run.reshaped_reward, run.implied_kl  # equations (2) and (3)
+# equations (2) and (3), which the reports of P-GRAFT need too
+reshaped_reward, implied_kl = run.reshaped_reward, run.implied_kl
 
 
 @dataclass
@@ -88,25 +89,25 @@ class Args:
 # ================================================================ equations: tensors in, tensors out
 
 
-def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, flat=True, keys=None, generator=None):
+def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, accept_flat=True, keys=None, generator=None):
     """Which samples a rule accepts. rewards: (prompts, samples) -> bool mask of the same shape.
 
     "topk": the top_k best of each row. "preference": the better of each consecutive pair. Both break ties at random; without
-    `flat` they accept nothing of a row or pair whose rewards are all equal.
+    `accept_flat` they accept nothing of a row or pair whose rewards are all equal.
     "exponential": each with probability exp((r - reward_max) / beta); reward_max is the reward's known upper bound, without
     one the row's maximum. "threshold": r >= threshold. "none": all. keys: integer ids, same shape; of the accepted samples of
     a row that share a key one is kept (the best; ties at random). ValueError for a rule without its parameter.
-    Source: arXiv 2510.02692, generalised rejection sampling; equations (1) and (2) above.
+    Source: arXiv 2510.02692, generalised rejection sampling; equations (1) and (2).
     """
     samples = rewards.shape[1]
     chance = torch.rand(rewards.shape, generator=generator).to(rewards.device)  # breaks ties, and is exponential's coin
     if rule in ("topk", "preference"):
         size, best = (samples, top_k) if rule == "topk" else (2, 1)  # the best of every `size` samples
         if samples % size or not 1 <= best <= size:
-            raise ValueError(f"{rule} cannot take the {best} best of every {size} of {samples} samples")
-        groups = rewards.reshape(-1, size)
+            raise ValueError(f"{rule} cannot take the {best} best of {size} from {samples} samples")
+        groups = rewards.reshape(-1, size)  # (groups, size)
         mask = _rank(groups, chance.reshape(-1, size)) < best
-        mask = (mask if flat else mask & (groups != groups[:, :1]).any(1, keepdim=True)).reshape(rewards.shape)
+        mask = (mask & ((groups != groups[:, :1]).any(1, keepdim=True) | accept_flat)).reshape(rewards.shape)
     elif rule == "exponential":
         if beta is None or beta <= 0:
             raise ValueError("exponential needs beta > 0")
@@ -123,6 +124,7 @@ def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None
     if keys is not None:
         rank = _rank(rewards, torch.rand(rewards.shape, generator=generator).to(rewards.device))
         same = keys[:, :, None] == keys[:, None, :]  # (prompts, samples, samples)
+        # [p, i, j]: j is accepted, has i's key and ranks before i
         better = mask[:, None, :] & same & (rank[:, None, :] < rank[:, :, None])
         mask = mask & ~better.any(2)
     return mask
@@ -136,7 +138,8 @@ def _rank(rewards, chance):
 
 
 def training_target(x_0, noise, alpha_t, sigma_t, prediction_type):
-    """(x_t, target) of the denoising loss, equation (4). x_0, noise: (batch, ...); alpha_t, sigma_t: (batch,)."""
+    """(x_t, target) of the denoising loss, equation (4). x_0, noise: (batch, ...); alpha_t, sigma_t: (batch,).
+    prediction_type: "epsilon", "v_prediction" or "flow"."""
     alpha_t, sigma_t = (level.view(-1, *[1] * (x_0.dim() - 1)) for level in (alpha_t, sigma_t))
     x_t = alpha_t * x_0 + sigma_t * noise
     return x_t, {"epsilon": noise, "v_prediction": alpha_t * noise - sigma_t * x_0, "flow": noise - x_0}[prediction_type]
@@ -146,10 +149,11 @@ def training_target(x_0, noise, alpha_t, sigma_t, prediction_type):
 
 
 def guided_prediction(model, x, t, text, guidance):
-    """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: (batch, rows, width)."""
+    """The prediction that samples: unconditional + guidance * (conditional - unconditional). x: (batch, c, h, w), t: ()
+    or (batch,), text: (batch, rows, width)."""
     if guidance == 1:
         return model.predict(x, t, text)
-    text = torch.cat([model.empty.expand_as(text), text])
+    text = torch.cat([model.empty.expand_as(text), text])  # (2 batch, rows, width)
     unconditional, conditional = model.predict(x.repeat(2, 1, 1, 1), t.expand(len(x)).repeat(2), text).chunk(2)
     return unconditional + guidance * (conditional - unconditional)
 
@@ -183,16 +187,16 @@ def sample(model, noise, text, guidance, eta):
 
 def sample_and_score(model, rewards, prompts, seeds, args, label):
     """Pictures of the prompts (n) with the seeds (n), a batch at a time.
-    Returns latents (n, c, h, w), {reward or statistic: (n,)}, and the pictures, small but for those of grid.png."""
+    Returns latents (n, c, h, w), {reward or statistic: (n,)}, and the pictures, all but the first run.SHOWN at most 64 x 64 pixels."""
     latents, scores, pictures = [], [], []
     for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
         part = slice(i, i + args.sample_batch)
-        noise = draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)
+        noise = draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)  # (steps + 1, batch, c, h, w)
         x_0 = sample(model, noise, model.encode(prompts[part]), args.guidance, args.eta)
         images = model.decode(x_0, label)
         latents.append(x_0.cpu())
         scores.append(score(rewards, images, prompts[part]) | image_statistics(images))
-        pictures += run.kept(images, i)
+        pictures += run.shrunk(images, i)
     return torch.cat(latents), {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, pictures
 
 
@@ -243,7 +247,8 @@ def shard_of(text):
 
 def main(args):
     prompts, held_out, rewards = prepare(args)
-    schedule, shard = run.schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed), shard_of(args.shard)
+    schedule = run.schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
+    shard = shard_of(args.shard)
     if not schedule[0][shard]:
         raise InputError(f"--shard {args.shard}: a round has only {len(schedule[0])} prompts; take fewer shards")
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
@@ -258,7 +263,8 @@ def main(args):
 
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
     model.remember(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
-    state, save = run.resume(args, folder, model, optimizer, scaler)  # save() keeps all of these
+    # state: {round, rows, losses, accepted, seconds}, new or as stored; save() stores it with the LoRA, the optimiser and the scaler
+    state, save = run.restore(args, folder, model, optimizer, scaler)
 
     # ------------------------------------------------------------ BASELINE
     if not args.sample_only:
@@ -267,11 +273,11 @@ def main(args):
         print(f"  base       {args.reward} {base[args.reward].mean():.3f} on the held-out prompts", flush=True)
 
     for r in range(state["round"], args.rounds):
-        speed, mine = "", torch.arange(len(schedule[r]))[shard]  # without --shard all
+        speed = ""
         if len(state["accepted"]) == r:  # not so if the run was stopped after it had accepted
             # ---------------------------------------------------- SAMPLE, SCORE
             start = time.perf_counter()
-            ids = torch.tensor(schedule[r])[mine].repeat_interleave(args.samples)  # (prompts x samples,)
+            ids = torch.tensor(schedule[r][shard]).repeat_interleave(args.samples)  # (prompts x samples,) indices of prompts
             seeds = [derived_seed(args.seed, r, i, j) for i in schedule[r][shard] for j in range(args.samples)]
             asked = [prompts[i] for i in ids]
             with model.lora_off() if args.reference == "base" else model.lora_merged():
@@ -282,21 +288,21 @@ def main(args):
             # ---------------------------------------------------- ACCEPT
             options = {"top_k": args.top_k, "threshold": args.threshold, "beta": args.beta, "reward_max": args.reward_max}
             generator = torch.Generator().manual_seed(derived_seed(args.seed, "accept", r))
+            mine = torch.arange(len(schedule[r]))[shard]  # (prompts,) this shard's rows of the round; without --shard all
             whole = torch.zeros(len(schedule[r]), args.samples)  # rows of other shards only hold the places of their draws
             keys = whole.long().index_copy(0, mine, average_hash(pictures).view(-1, args.samples)) if args.dedup else None
-            whole = whole.index_copy(0, mine, reward)
-            mask = accept(whole, args.rule, **options, flat=args.accept_flat, keys=keys, generator=generator)[mine]
+            table = whole.index_copy(0, mine, reward)
+            mask = accept(table, args.rule, **options, accept_flat=args.accept_flat, keys=keys, generator=generator)[mine]
             index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
             accepted = {"latents": latents[index], "prompt": ids[index], "sample": index % args.samples}
             state["accepted"].append(accepted | {"reward": reward.flatten()[index]})
-            state["rows"].append(run.sampled_row(r + 1, args, reward, index, scores, pictures))
+            state["rows"].append(run.sampled_row(r + 1, args, reward, index, scores, pictures))  # refuses an empty index
             if args.save_accepted:
                 run.save_accepted(folder / "accepted", model, latents[index], state["accepted"], prompts, args.sample_batch)
             save()
         if args.sample_only:
-            print(
-                f"  accepted   {len(state['accepted'][0]['reward'])} of {args.samples} x {len(mine)} pictures -> {folder}/accepted"
-            )
+            number = len(state["accepted"][0]["reward"])
+            print(f"  accepted   {number} of {args.samples} x {len(schedule[r][shard])} pictures -> {folder}/accepted")
             return
 
         # -------------------------------------------------------- UPDATE
@@ -311,11 +317,11 @@ def main(args):
             index = order[update * args.batch : (update + 1) * args.batch]  # (batch,)
             x_0 = data[index].to(args.device)  # (batch, c, h, w)
             noise = torch.randn(x_0.shape, generator=generator).to(args.device)
-            t = model.draw_timesteps(args.batch, generator).to(args.device)  # (batch,)
-            drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout
+            t = model.draw_timesteps(args.batch, generator).to(args.device)  # (batch,) uniform; of a flow logit-normal
+            drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout  # (batch,)
             text = model.encode(["" if d else prompts[i] for d, i in zip(drop, ids_kept[index])])  # (batch, rows, width)
             losses.append(0.0)
-            for part in torch.arange(args.batch).split(args.micro_batch):
+            for part in torch.arange(args.batch).split(args.micro_batch):  # (micro_batch,)
                 with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
                     guidance = args.guidance if args.guided_loss else 1
                     loss = denoising_loss(model, x_0[part], text[part], t[part], noise[part], guidance)

@@ -26,14 +26,14 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-import rewards as run  # arguments, run folder, tables, pictures
+import rewards as run  # rewards.py: besides metrics, arguments, run folder, tables, pictures
 from common import ROOT, check_device, derived_seed, draw_noise
-from rewards import frechet_distance, frechet_features, match_norms
+from rewards import frechet_distance, frechet_features
 from shapes import flow as flows
 from shapes import flow_data
 from shapes.flow import Flow, count_flops, fit
 
-LIMITS = {"steps": (2, 1000), "pictures": (20, 10**7), "eval_pictures": (20, 10**6), "size": (1, 1024), "channels": (1, 3)}
+LIMITS = {"steps": (2, 1000), "pictures": (20, 10**7), "eval_pictures": (20, 10**6), "size": (1, 1024), "channels": (1, 10**6)}
 LIMITS |= dict.fromkeys(("updates", "base_updates", "max_iterations", "corrector_steps", "checkpoint_every"), (1, 10**9))
 LIMITS |= {"base_lr": (1e-12, 1), "longer_lr": (1e-12, 1), "data_noise": (0, 10), "reference_share": (0.05, 0.95)}
 LIMITS |= {"grid_power": (0.1, 10), "memory": (0, 20), "tolerance": (1e-7, 1), "max_failed": (0, 1), "held_out": (0.01, 0.9)}
@@ -107,8 +107,8 @@ def euler_sample(velocity, noise, sigmas):
 class Inversion:
     """What euler_invert found."""
 
-    noise: torch.Tensor  # (batch, ...); without meaning where not converged
-    residual: torch.Tensor  # (batch,) of equation (2) in the worst step: root mean square of right side - x
+    noise: torch.Tensor  # (batch, ...), that right side of the last step; without meaning where not converged
+    residual: torch.Tensor  # (batch,) root mean square of right side of (2) - x at the last guess x, in the worst step
     iterations: list  # (N,) model calls of the slowest sample in each step
     converged: torch.Tensor  # (batch,) bool
     contraction: list  # (N,) |change of the right side of (2)| / |change of x|, a sample's largest, median over the samples
@@ -136,7 +136,7 @@ def euler_invert(velocity, x, sigmas, max_iterations, tolerance, memory=2):
             history = [*history, torch.stack([old, new])][-1 - max(memory, 1) :]  # each (2, active, d)
             moves = torch.stack(history).diff(dim=0)  # (moves, 2, active, d)
             if len(moves):
-                length = moves[-1].norm(dim=2)
+                length = moves[-1].norm(dim=2)  # (2, active)
                 slope[active] = torch.fmax(slope[active], length[1] / length[0])
             guess[active] = new
             unfinished = (change[active] > tolerance) & change[active].isfinite()
@@ -177,12 +177,19 @@ def correct(velocity, noise, steps):
 
 
 def gaussian_of(z):
-    """{mean (d,), root of the covariance and its inverse (d, d), both symmetric} of z (n, ...), d the numbers in one."""
+    """{mean (d,), root of the covariance and that root's inverse (d, d), both symmetric} of z (n, ...), d the numbers in one."""
     flat = z.flatten(1).double()
     values, vectors = torch.linalg.eigh(torch.cov(flat.T).reshape(flat.shape[1], -1))
     values = values.clamp(min=1e-6 * values.max().item()).sqrt()
     law = {"mean": flat.mean(0), "root": vectors * values @ vectors.T, "inverse": vectors / values @ vectors.T}
     return {name: part.float() for name, part in law.items()}
+
+
+def match_norms(eps, norms):
+    """eps (n, ...) from N(0, I) with its lengths moved to the law of `norms` (m,), order kept: |eps|^2 is chi-squared."""
+    length = eps.flatten(1).norm(dim=1)  # (n,)
+    quantile = torch.special.gammainc(torch.tensor(eps[0].numel() / 2).to(length), length.square() / 2)
+    return eps * (torch.quantile(norms, quantile) / length).view(-1, *[1] * (eps.dim() - 1))
 
 
 # ================================================================ corrector
@@ -200,8 +207,8 @@ class Corrector:
     def velocity(self, y, t):
         """u = a + b y. y: (batch, channels, height, width), t: (batch,)."""
         square = y.square().mean((1, 2, 3), keepdim=True)  # 1 on average
-        norm = (square - 1) * (y[0].numel() / 2) ** 0.5  # variance 1 for standard noise
-        a, b = flows.predict(self.network, torch.cat([y, norm.expand_as(y[:, :1])], 1), 1000 * (1 - t)).chunk(2, 1)
+        shell = (square - 1) * (y[0].numel() / 2) ** 0.5  # |y|^2, standardised: mean 0, variance 1 for standard noise
+        a, b = flows.predict(self.network, torch.cat([y, shell.expand_as(y[:, :1])], 1), 1000 * (1 - t)).chunk(2, 1)
         return a + b * y
 
     def standardise(self, z):
@@ -287,12 +294,12 @@ def train_corrector(corrector, held, learnt_from, args, state, save):
         # identity: the loss of u = 0, which leaves eps as it is, the scale-only or Gaussian control
         state["rows"] = [{"update": 0, "loss": math.nan, "held_out": state["best"], "identity": state["best"]}]
     flops = args.updates * flows.update_flops(network, loss)
-    # fit stops every checkpoint_every updates, with the averaged weights in the network and what a resumed run needs in state
+    # fit (shapes/flow.py): AdamW and a running average of the weights; it stops every checkpoint_every updates, the average in place
     for update in fit(network, loss, args.updates, args.lr, (args.seed, "corrector"), state, args.checkpoint_every):
-        score, recent = held_out(), state["losses"][state["rows"][-1]["update"] :]
-        if score < state["best"]:
-            state.update(best=score, final=copy.deepcopy(network.state_dict()))
-        row = {"update": update, "loss": sum(recent) / len(recent), "held_out": score}
+        value, recent = held_out(), state["losses"][state["rows"][-1]["update"] :]
+        if value < state["best"]:
+            state.update(best=value, final=copy.deepcopy(network.state_dict()))
+        row = {"update": update, "loss": sum(recent) / len(recent), "held_out": value}
         state["rows"].append(state["rows"][0] | row)
         save()
     network.load_state_dict(state["final"])
@@ -303,8 +310,9 @@ def evaluate(flow, start, sigmas, reference, features, args):
     """Sample args.eval_pictures from start(eps), fixed seeds. Returns {"fd", "flops" and "seconds" of a picture, "pictures": eight}."""
     pictures, seconds = [], 0.0
     seeds = [derived_seed("eval", number) for number in range(args.eval_pictures)]
-    for part in draw_noise(seeds, 0, flow.shape, torch.float32)[0].split(args.sample_batch):
-        eps, begun = part.to(args.device), time.perf_counter()
+    for i in range(0, len(seeds), args.sample_batch):
+        eps = draw_noise(seeds[i : i + args.sample_batch], 0, flow.shape, torch.float32)[0].to(args.device)
+        begun = time.perf_counter()
         pictures.append(euler_sample(flow.velocity, start(eps), sigmas).cpu())
         seconds += time.perf_counter() - begun
     pictures = torch.cat(pictures)
@@ -363,9 +371,9 @@ def main(args):
 
     # ------------------------------------------------------------ INVERT
     one = torch.zeros(1, *shape).to(args.device)  # a picture, to count operations
-    call = count_flops(lambda: flow.velocity(one, sigmas[:1]))  # FLOPs of a model call
+    call_flops = count_flops(lambda: flow.velocity(one, sigmas[:1]))  # of a model call
     noises, report = invert_pictures(flow, pictures["invert"], sigmas, args, folder)
-    report["flops"] = report["calls"] * call
+    report["flops"] = report["calls"] * call_flops
     run.print_inversion(report)
 
     # ------------------------------------------------------------ CORRECT
@@ -385,7 +393,8 @@ def main(args):
         run.log(folder, learnt["rows"], learnt["update"], time.perf_counter() - begun)
         checkpoint()
 
-    cost = {"inversion": report["flops"], "corrector": train_corrector(corrector, held, learnt_from, args, learnt, log)}
+    flops = train_corrector(corrector, held, learnt_from, args, learnt, log)
+    cost = {"inversion": report["flops"], "corrector": flops}
     corrector.save(folder / "corrector")
     best, identity = learnt["best"], learnt["rows"][0]["held_out"]
     print(f"  corrector  held-out loss {best:.4f}, {identity:.4f} with velocity 0", flush=True)
@@ -402,12 +411,12 @@ def main(args):
     # ------------------------------------------------------------ EVALUATE
     reference = features(pictures["reference"])
     floor = frechet_distance(reference, features(pictures["floor"]))
-    n, corrected = args.steps, count_flops(lambda: euler_sample(flow.velocity, corrector(one), sigmas))  # of a sample
-    matched = math.ceil(corrected / call)  # steps of the base that cost as much as a corrected sample, or a little more
+    n, corrected_flops = args.steps, count_flops(lambda: euler_sample(flow.velocity, corrector(one), sigmas))  # of a sample
+    matched = math.ceil(corrected_flops / call_flops)  # steps of the base at the cost of a corrected sample, or a little more
     steps = sorted({n, *(lists["eval_steps"] or (matched, 2 * n, 4 * n))})
     starts = {"scale only": lambda eps: scale * eps}
     if law:
-        gaussian = Corrector(None, settings, law)
+        gaussian = Corrector(None, settings, law)  # only standardises: it has no network
         norms = gaussian.standardise(learnt_from).flatten(1).norm(dim=1)  # (n,)
         starts["gaussian"] = gaussian.destandardise
         starts["gaussian, norms matched"] = lambda eps: gaussian.destandardise(match_norms(eps, norms))
@@ -427,16 +436,11 @@ def main(args):
         checkpoint()
 
     # ------------------------------------------------------------ SHOW
-    seeds = [derived_seed("statistics", i) for i in range(len(noises))]
-    drawn = {"inverted": noises, "standard": draw_noise(seeds, 0, shape, torch.float32)[0]}
-    parts = [part.to(args.device) for part in drawn["standard"].split(args.sample_batch)]
-    for name in [name for name in ("gaussian", "corrector") if name in starts]:
-        drawn[name] = torch.cat([starts[name](part).cpu() for part in parts])
     checkpoint()
     results = {"floor": floor, "steps": n, "matched_steps": matched, "inversion": report, "scale": scale}
     results |= {"training_flops": cost, "seconds": {"total": state["seconds"]}}
-    results["corrector"] = {"held_out": best, "identity": identity, "flops": corrected - n * call}
-    run.show_correction(folder, results, state["rows"], drawn, pictures["floor"])
+    results["corrector"] = {"held_out": best, "identity": identity, "flops": corrected_flops - n * call_flops}
+    run.show_correction(folder, results, state["rows"], noises, starts, pictures["floor"], args)
     files = "corrector/, results.json, metrics.csv, curve.png, grid.png, noise.png"
     print(f"\n{state['seconds']:.0f} s. In {folder}: {files}. To use the corrector:\n")
     print(run.corrector_code(args, flow, folder / "corrector"))

@@ -11,7 +11,7 @@ Equations (1) z = mu(c) + sigma(c) eps                    at the start mu = 0, s
 Choices that the paper leaves open: log pi and KL are both means over D (--reduction sum: both sums; the gradient at rho = 1 is the
 same but for the factor D, so beta keeps its meaning, and only delta acts on another scale); steps are spaced "trailing" and divide
 the training steps, so that every number of steps starts at the same noise level and the same z means the same thing (a flow's
-steps always start at sigma = 1); the policy reads the token states, or the pooled embedding where the model has one (SD XL, SD 3);
+steps always start at pure noise); the policy reads the token states, or the pooled embedding where the model has one (SD XL, SD 3);
 by default only mu is learnt, which gained as much at half the KL on validation prompts (--no-mean_only: sigma too).
 """
 
@@ -28,7 +28,7 @@ import torch
 try:  # training needs these; to load and use what was learnt this file is enough
     from tqdm import tqdm
 
-    import rewards as run  # arguments, run folder, tables, pictures
+    import rewards as run  # rewards.py: besides the rewards, arguments, run folder, tables, pictures
     from common import DTYPES, InputError, Model, derived_seed, draw_noise
     from rewards import diversity, explained_variance, image_statistics, score
 except ImportError:
@@ -38,6 +38,7 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 TEMPERATURES = (0.4, 0.6, 0.8, 1.0)  # the control s eps: the best s on training prompts
 DEFAULTS = {"clip": (1e-3, 1e-4, 1e-4, 1e-4)}  # of the embedded model, SD 1.x and 2.x, SD XL, SD 3
+# least, most; those of settings that all scripts have stand in rewards.py
 LIMITS = {"samples": (2, 10**4), "iterations": (1, 10**5), "prompts_per_iteration": (1, 10**6), "hidden": (1, 10**4)}
 LIMITS |= {"minibatch": (1, 10**6), "kl_weight": (0, 1e9), "grid": (1, 10**6)}
 CHOICES = {"policy": ("conditional", "unconditional"), "normalise": ("batch", "prompt", "none"), "reduction": ("mean", "sum")}
@@ -209,7 +210,7 @@ class NoisePolicy(torch.nn.Module):
 
 
 def guided_prediction(model, x, t, text, guidance):
-    """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: (batch, tokens, width)."""
+    """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: as encoded (batch, rows, width)."""
     if guidance == 1:
         return model.predict(x, t, text)
     text = torch.cat([model.empty.expand_as(text), text])
@@ -251,14 +252,14 @@ def sample(model, z, text, steps, guidance, switch=None):
 
 def sample_and_score(model, rewards, prompts, z, steps, args, label, statistics=False):
     """Pictures of the prompts (n) from the initial noises z (n, c, h, w), a batch at a time.
-    Returns {reward or statistic: (n,)} and the pictures, small but for those of grid.png."""
+    Returns {reward or statistic: (n,)} and the pictures, all but the first run.SHOWN at most 64 x 64 pixels."""
     scores, pictures = [], []
     for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
         part = slice(i, i + args.sample_batch)
         x_0 = sample(model, z[part], model.encode(prompts[part]), steps, args.guidance, args.switch_timestep)
         images = model.decode(x_0, label)
         scores.append(score(rewards, images, prompts[part]) | (image_statistics(images) if statistics else {}))
-        pictures += run.kept(images, i)
+        pictures += run.shrunk(images, i)
     return {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, pictures
 
 
@@ -267,7 +268,7 @@ def evaluate(model, rewards, prompts, mean, log_std, steps, args, label):
     Returns {metric: (prompts,), the mean over a prompt's pictures; best_of_m: of rewards[0]} and the pictures of grid.png."""
     n = args.eval_samples
     seeds = [derived_seed("eval", i, j) for i in range(len(prompts)) for j in range(n)]
-    eps = draw_noise(seeds, 0, model.latent_shape, model.dtype)[0].unflatten(0, (-1, n))  # (prompts, n, c, h, w)
+    eps = draw_noise(seeds, 0, model.latent_shape, model.dtype)[0].unflatten(0, (-1, n))  # (prompts, n, c, h, w), as stock
     z = (mean.cpu()[:, None] + log_std.exp().cpu()[:, None] * eps).flatten(0, 1)
     repeated = [p for p in prompts for _ in range(n)]
     scores, pictures = sample_and_score(model, rewards, repeated, z, steps, args, label, statistics=True)
@@ -278,13 +279,12 @@ def evaluate(model, rewards, prompts, mean, log_std, steps, args, label):
     return means, pictures[: run.SHOWN]
 
 
-def final_evaluation(model, policy, rewards, prompts, held_out, args):
+@torch.no_grad()
+def final_evaluation(model, policy, rewards, prompts, held_out, all_steps, args):
     """Standard noise, the policy and the controls at every number of steps, on the same seeds.
     Returns (results, {name: pictures of grid.png, at args.steps})."""
     zero = torch.zeros(1, *model.latent_shape)
-    with torch.no_grad():
-        laws = {"standard": (zero, zero), "learnt": policy(read(model, held_out))}  # name: (mean, log_std)
-        over_prompts = [part.mean(0, keepdim=True) for part in policy(read(model, sorted(set(prompts))))]
+    laws = {"standard": (zero, zero), "learnt": policy(read(model, held_out))}  # (mean, log_std), each (prompts or 1, c, h, w)
     results = {"kl": kl_to_standard_normal(*laws["learnt"]).mean().item()}
     results["kl_per_dimension"] = results["kl"] / zero.numel()
     if args.controls:
@@ -294,12 +294,13 @@ def final_evaluation(model, policy, rewards, prompts, held_out, args):
             tried[s] = means[args.reward].mean().item()
         results["temperature"] = max(tried, key=tried.get)
         laws["temperature"] = (zero, zero + math.log(results["temperature"]))
-        laws |= {"one_for_all": over_prompts} if args.policy == "conditional" else {}
+        if args.policy == "conditional":
+            laws["one_for_all"] = [part.mean(0, keepdim=True) for part in policy(read(model, sorted(set(prompts))))]
     results["by_steps"], pictures = [], {}
-    for steps in sorted({args.steps, *run.numbers(args, "eval_steps", int, 1, 999)}):
+    for steps in all_steps:
         found = {}
         for name, (mean, log_std) in laws.items():
-            if name == "temperature" and results[name] == 1:
+            if name == "temperature" and results["temperature"] == 1:
                 found[name] = found["standard"]
                 continue
             found[name], shown = evaluate(model, rewards, held_out, mean, log_std, steps, args, f"{steps} steps, {name}")
@@ -317,17 +318,17 @@ def final_evaluation(model, policy, rewards, prompts, held_out, args):
 
 def prepare(args):
     """Check every argument before any model loads and fill in what was left out.
-    Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
+    Returns (training prompts, held-out prompts, rewards, numbers of steps to evaluate); rewards[0] is optimised, all are reported."""
     run.complete(args, DEFAULTS, LIMITS, CHOICES)
-    run.numbers(args, "eval_steps", int, 1, 999)
+    all_steps = sorted({args.steps, *run.numbers(args, "eval_steps", int, 1, 999)})
     if args.mean_only and args.std_only:
         raise InputError("--mean_only --std_only: nothing is left to learn; give --no-mean_only with --std_only")
     run.read_lora(args)
-    return run.read_task(args)
+    return *run.read_task(args), all_steps
 
 
 def main(args):
-    prompts, held_out, rewards = prepare(args)
+    prompts, held_out, rewards, all_steps = prepare(args)
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
     if args.lora:
         model.load_lora(args.lora)
@@ -335,7 +336,7 @@ def main(args):
     if model.prediction_type != "flow":
         spacing = {"timestep_spacing": "trailing", "clip_sample": False}
         model.pipeline.scheduler = scheduler.from_config(scheduler.config, **spacing)
-        for steps in (args.steps, *run.numbers(args, "eval_steps", int, 1, 999)):
+        for steps in [args.steps, *all_steps]:
             if model.train_timesteps % steps:
                 flag = "steps" if steps == args.steps else "eval_steps"
                 raise InputError(f"--{flag} {steps}: must divide the model's {model.train_timesteps} training steps")
@@ -378,10 +379,11 @@ def main(args):
         chosen = torch.tensor(schedule[it]).repeat_interleave(args.samples)  # (n,) n = prompts x samples
         asked = [prompts[i] for i in chosen]
         seeds = [derived_seed(args.seed, it, i, j) for i in schedule[it] for j in range(args.samples)]
-        text = read(model, asked)  # (n, tokens, width)
+        states = read(model, asked)  # (n, tokens, width)
         with torch.no_grad():
-            old_mean, old_log_std = policy(text)  # (n, c, h, w)
-            z = old_mean + old_log_std.exp() * draw_noise(seeds, 0, model.latent_shape, torch.float32)[0].to(args.device)
+            old_mean, old_log_std = policy(states)  # (n, c, h, w)
+            eps = draw_noise(seeds, 0, model.latent_shape, torch.float32)[0].to(args.device)  # one seed a picture
+            z = old_mean + old_log_std.exp() * eps  # (n, c, h, w), equation (1)
             old = log_prob(z, old_mean, old_log_std, args.reduction)  # (n,)
 
         # -------------------------------------------------------- SCORE
@@ -395,10 +397,10 @@ def main(args):
         losses, clipped = [], []
         orders = [torch.randperm(len(z), generator=generator) for _ in range(args.epochs)]
         for index in (part for order in orders for part in order.split(args.minibatch)):
-            mean, log_std = policy(text[index])
+            mean, log_std = policy(states[index])  # (minibatch, c, h, w)
             new = log_prob(z[index], mean, log_std, args.reduction)  # (minibatch,)
             kl = kl_to_standard_normal(mean, log_std).mean() / (z[0].numel() if args.reduction == "mean" else 1)
-            loss = ppo_loss(new, old[index], advantage[index], args.clip) + args.kl_weight * kl
+            loss = ppo_loss(new, old[index], advantage[index], args.clip) + args.kl_weight * kl  # equation (4)
             if not loss.isfinite():
                 raise InputError(f"iteration {it + 1}: loss {loss.item()}; lower --lr or --clip")
             optimizer.zero_grad()
@@ -412,7 +414,7 @@ def main(args):
         row |= {"clip_fraction": sum(clipped) / len(clipped), "explained_variance": explained_variance(reward, args.samples)}
         row |= {name: values.mean().item() for name, values in scores.items() if name != args.reward}  # parts of a sum
         with torch.no_grad():
-            mean, log_std = policy(text)
+            mean, log_std = policy(states)
             log_ratio = log_prob(z, mean, log_std, "sum") - log_prob(z, old_mean, old_log_std, "sum")  # (n,) nats
         row |= run.policy_statistics(mean, log_std, log_ratio, kl_to_standard_normal(mean, log_std)) | {
             "reward_held_out": math.nan
@@ -431,7 +433,7 @@ def main(args):
             run.print_iteration(row, args.iterations, time.perf_counter() - begun)
 
     # ------------------------------------------------------------ FINAL EVALUATION, SHOW
-    results, pictures = final_evaluation(model, policy, rewards, prompts, held_out, args)
+    results, pictures = final_evaluation(model, policy, rewards, prompts, held_out, all_steps, args)
     results["seconds"] = time.perf_counter() - begun
     run.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
     run.show_steps(folder, state["rows"], results, pictures, held_out, args)

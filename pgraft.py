@@ -29,13 +29,9 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import rewards as run  # arguments, run folder, tables, pictures
+import rewards as run  # rewards.py: besides the rewards, arguments, run folder, tables, pictures
 from common import DTYPES, ROOT, InputError, Model, derived_seed, draw_noise, make_adamw
 from rewards import average_hash, diversity, image_statistics, score
-
-DEFAULTS = {"eta": (1.0, 1.0, 1.0, 0.5)}  # the probe of a flow needs some
-LIMITS = {"probe_restarts": (2, 10**4), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
-CHOICES = {"data": ("x0", "xs")}
 
 
 @dataclass
@@ -104,25 +100,25 @@ class Args:
 # ================================================================ equations: tensors in, tensors out
 
 
-def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, flat=True, keys=None, generator=None):
+def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, accept_flat=True, keys=None, generator=None):
     """Which samples a rule accepts. rewards: (prompts, samples) -> bool mask of the same shape.
 
     "topk": the top_k best of each row. "preference": the better of each consecutive pair. Both break ties at random; without
-    `flat` they accept nothing of a row or pair whose rewards are all equal.
+    `accept_flat` they accept nothing of a row or pair whose rewards are all equal.
     "exponential": each with probability exp((r - reward_max) / beta); reward_max is the reward's known upper bound, without
     one the row's maximum. "threshold": r >= threshold. "none": all. keys: integer ids, same shape; of the accepted samples of
     a row that share a key one is kept (the best; ties at random). ValueError for a rule without its parameter.
-    Source: arXiv 2510.02692, generalised rejection sampling; equations (1) and (2) above.
+    Source: arXiv 2510.02692, generalised rejection sampling; equations (1) and (2).
     """
     samples = rewards.shape[1]
     chance = torch.rand(rewards.shape, generator=generator).to(rewards.device)  # breaks ties, and is exponential's coin
     if rule in ("topk", "preference"):
         size, best = (samples, top_k) if rule == "topk" else (2, 1)  # the best of every `size` samples
         if samples % size or not 1 <= best <= size:
-            raise ValueError(f"{rule} cannot take the {best} best of every {size} of {samples} samples")
-        groups = rewards.reshape(-1, size)
+            raise ValueError(f"{rule} cannot take the {best} best of {size} from {samples} samples")
+        groups = rewards.reshape(-1, size)  # (groups, size)
         mask = _rank(groups, chance.reshape(-1, size)) < best
-        mask = (mask if flat else mask & (groups != groups[:, :1]).any(1, keepdim=True)).reshape(rewards.shape)
+        mask = (mask & ((groups != groups[:, :1]).any(1, keepdim=True) | accept_flat)).reshape(rewards.shape)
     elif rule == "exponential":
         if beta is None or beta <= 0:
             raise ValueError("exponential needs beta > 0")
@@ -139,6 +135,7 @@ def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None
     if keys is not None:
         rank = _rank(rewards, torch.rand(rewards.shape, generator=generator).to(rewards.device))
         same = keys[:, :, None] == keys[:, None, :]  # (prompts, samples, samples)
+        # [p, i, j]: j is accepted, has i's key and ranks before i
         better = mask[:, None, :] & same & (rank[:, None, :] < rank[:, :, None])
         mask = mask & ~better.any(2)
     return mask
@@ -184,10 +181,11 @@ def switch_step(timesteps, switch_timestep):
 
 
 def guided_prediction(model, x, t, text, guidance):
-    """The prediction that samples: unconditional + guidance * (conditional - unconditional). text: (batch, rows, width)."""
+    """The prediction that samples: unconditional + guidance * (conditional - unconditional). x: (batch, c, h, w), t: ()
+    or (batch,), text: (batch, rows, width)."""
     if guidance == 1:
         return model.predict(x, t, text)
-    text = torch.cat([model.empty.expand_as(text), text])
+    text = torch.cat([model.empty.expand_as(text), text])  # (2 batch, rows, width)
     unconditional, conditional = model.predict(x.repeat(2, 1, 1, 1), t.expand(len(x)).repeat(2), text).chunk(2)
     return unconditional + guidance * (conditional - unconditional)
 
@@ -229,16 +227,16 @@ def sample(model, noise, text, guidance, eta, switch_at, tuned=True):
 
 def sample_and_score(model, rewards, prompts, seeds, args, switch_at, tuned, label):
     """Pictures of the prompts (n) with the seeds (n), a batch at a time. Returns (x_s, x_0), each (n, c, h, w),
-    {reward or statistic: (n,)}, and the pictures, small but for those of grid.png."""
+    {reward or statistic: (n,)}, and the pictures, all but the first run.SHOWN at most 64 x 64 pixels."""
     latents, scores, pictures = [], [], []
     for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
         part = slice(i, i + args.sample_batch)
-        noise = draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)
+        noise = draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)  # (steps + 1, batch, c, h, w)
         x_s, x_0 = sample(model, noise, model.encode(prompts[part]), args.guidance, args.eta, switch_at, tuned)
         images = model.decode(x_0, label)
         latents.append((x_s.cpu(), x_0.cpu()))
         scores.append(score(rewards, images, prompts[part]) | image_statistics(images))
-        pictures += run.kept(images, i)
+        pictures += run.shrunk(images, i)
     scores = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
     return [torch.cat(part) for part in zip(*latents)], scores, pictures
 
@@ -246,7 +244,7 @@ def sample_and_score(model, rewards, prompts, seeds, args, switch_at, tuned, lab
 def probe(model, reward, prompts, args):
     """V(t), equation (7), of the base model (the caller's lora_off) at up to nine levels between noise and picture. Two
     trajectories a prompt are followed; at each level the sampler is started again from their states, with fresh noise.
-    Returns run.probe_rows."""
+    Returns rows {step, timestep, switch, unresolved (V), se (its standard error)}."""
     model.remember(prompts)
     levels = [*model.timesteps(args.steps), -1]
     steps = sorted({round(i * args.steps / 10) for i in range(1, 10)} - {0, args.steps})
@@ -265,14 +263,19 @@ def probe(model, reward, prompts, args):
                 fresh = draw_noise(again, args.steps - step - 1, model.latent_shape, model.dtype)  # a draw for each step left
                 x_0 = denoise(model, x, levels[step:], fresh, text, args.guidance, args.eta)
                 rewards[k, j, part] = reward(model.decode(x_0, "probe"), asked[part])
-    return run.probe_rows(rewards.view(len(steps), args.probe_restarts, -1, 2), steps, levels, model.train_timesteps)
+    rows = []
+    for step, values in zip(steps, rewards.view(len(steps), args.probe_restarts, -1, 2)):  # (restarts, prompts, states)
+        share, se = run.unresolved_share(values.permute(1, 2, 0))
+        level = {"step": step, "timestep": levels[step], "switch": levels[step] / model.train_timesteps}
+        rows.append(level | {"unresolved": share, "se": se})
+    return rows
 
 
 # ================================================================ loss, evaluation
 
 
 def denoising_loss(model, x_s, level_s, text, t, noise, guidance):
-    """Equation (4), mean over everything. x_s, noise: (batch, c, h, w) at level_s = (alpha_s, sigma_s), text: (batch, tokens,
+    """Equation (4), mean over everything. x_s, noise: (batch, c, h, w) at level_s = (alpha_s, sigma_s), text: (batch, rows,
     width), t: (batch,) above that level."""
     x_t, target, weight = shaped_target(x_s, noise, *level_s, *model.alpha_sigma(t), model.prediction_type)
     return (weight * (guided_prediction(model, x_t, t, text, guidance) - target).square()).mean()
@@ -292,21 +295,16 @@ def evaluate(model, rewards, prompts, args, switch_at, tuned, label):
 # ================================================================ the run
 
 
-def prepare(args):
-    """Fill in what was left out, check all that needs no diffusion model, then load the rewards that are models.
-    Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
-    run.complete(args, DEFAULTS, LIMITS, CHOICES)
-    run.check_switch(args)
-    return run.read_task(args)
-
-
 def main(args):
-    prompts, held_out, rewards = prepare(args)
+    # eta: of the embedded model, SD 1.x and 2.x, SD XL, SD 3; the probe of a flow needs some
+    run.complete(args, {"eta": (1.0, 1.0, 1.0, 0.5)}, choices={"data": ("x0", "xs")})
+    run.check_switch(args)
+    prompts, held_out, rewards = run.read_task(args)  # rewards[0] is optimised, all are reported
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
     grid = model.timesteps(args.steps)
     if args.evaluate:
         return evaluate_run(args, model, grid, held_out, rewards)
-    switch = None if args.switch == "auto" else float(args.switch) * model.train_timesteps  # None: the probe will say
+    switch = None if args.switch == "auto" else float(args.switch) * model.train_timesteps  # a timestep; None: the probe says
     if switch is not None and not 0 < switch_step(grid, switch) < args.steps:
         low, high = (f"{t / model.train_timesteps:g}" for t in (grid[-1], grid[0]))
         raise InputError(f"--switch {args.switch}: with --steps {args.steps} it must be at least {low} and below {high}")
@@ -322,7 +320,8 @@ def main(args):
 
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
     model.remember(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
-    state, save = run.resume(args, folder, model, optimizer, scaler)  # save() keeps all of these
+    # state: {round, rows, losses, accepted, seconds}, new or as stored; save() stores it with the LoRA, the optimiser and the scaler
+    state, save = run.restore(args, folder, model, optimizer, scaler)
 
     # ------------------------------------------------------------ PROBE
     if args.probe or switch is None:
@@ -331,13 +330,14 @@ def main(args):
             with model.lora_off():
                 state["probe"] = probe(model, rewards[0], [prompts[i] for i in order[: args.probe_prompts]], args)
             save()
-        switch = run.show_probe(folder, state["probe"], args, model.train_timesteps)
+        switch, reason = run.recommend(state["probe"], args.probe_limit)  # noisiest level with V(t) + s.e. at most the limit
+        run.show_probe(folder, state["probe"], args, switch / model.train_timesteps, reason)
         if args.probe:
             print(f"\nIn {folder}: probe.csv, probe.png")
             return
     switch_at = switch_step(grid, switch)  # steps of the tuned model
     switch = grid[switch_at]  # the level of the states, and what is stored
-    level_s = model.alpha_sigma(switch) if args.data == "xs" else (1.0, 0.0)
+    level_s = model.alpha_sigma(switch) if args.data == "xs" else (1.0, 0.0)  # (alpha_s, sigma_s) of the data
     print(f"  tuned model for {switch_at} of {args.steps} steps, base model from timestep {switch:g} on", flush=True)
 
     # ------------------------------------------------------------ BASELINE
@@ -362,12 +362,12 @@ def main(args):
             options = {"top_k": args.top_k, "threshold": args.threshold, "beta": args.beta, "reward_max": args.reward_max}
             generator = torch.Generator().manual_seed(derived_seed(args.seed, "accept", r))
             keys = average_hash(pictures).view(-1, args.samples) if args.dedup else None
-            mask = accept(reward, args.rule, **options, flat=args.accept_flat, keys=keys, generator=generator)
+            mask = accept(reward, args.rule, **options, accept_flat=args.accept_flat, keys=keys, generator=generator)
             index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
             state["accepted"].append(
                 {"x_s": x_s[index], "x_0": x_0[index], "prompt": ids[index], "reward": reward.flatten()[index]}
             )
-            state["rows"].append(run.sampled_row(r + 1, args, reward, index, scores, pictures))
+            state["rows"].append(run.sampled_row(r + 1, args, reward, index, scores, pictures))  # refuses an empty index
             if args.save_accepted:
                 run.save_accepted(folder / "accepted", model, x_0[index], state["accepted"], prompts, args.sample_batch)
             save()
@@ -384,11 +384,11 @@ def main(args):
             index = order[update * args.batch : (update + 1) * args.batch]  # (batch,)
             x_s = data[index].to(args.device)  # (batch, c, h, w), at level_s
             noise = torch.randn(x_s.shape, generator=generator).to(args.device)
-            t = model.draw_timesteps(args.batch, generator, switch).to(args.device)  # (batch,)
-            drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout
+            t = model.draw_timesteps(args.batch, generator, switch).to(args.device)  # (batch,) uniform; of a flow logit-normal
+            drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout  # (batch,)
             text = model.encode(["" if d else prompts[i] for d, i in zip(drop, ids_kept[index])])  # (batch, rows, width)
             losses.append(0.0)
-            for part in torch.arange(args.batch).split(args.micro_batch):
+            for part in torch.arange(args.batch).split(args.micro_batch):  # (micro_batch,)
                 with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
                     guidance = args.guidance if args.guided_loss else 1
                     loss = denoising_loss(model, x_s[part], level_s, text[part], t[part], noise[part], guidance)

@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from common import DTYPES, FAMILIES, LORA_FILE, ROOT, InputError, check_device, check_model_name, derived_seed
+from common import DTYPES, FAMILIES, LORA_FILE, ROOT, InputError, check_device, check_model_name, derived_seed, draw_noise
 from shapes import flow_data
 from shapes.check import check
 from shapes.flow import asked_levels
@@ -521,7 +521,7 @@ LIMITS |= {
     "clip": (1e-9, 1e9),
     "prompt_dropout": (0, 0.99),
 }
-LIMITS |= {"seed": (0, 2**63 - 1)}
+LIMITS |= {"seed": (0, 2**63 - 1), "probe_restarts": (2, 10**4), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
 CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none")}
 
 
@@ -584,7 +584,8 @@ def run_script(main, cls) -> None:
             print(f"error: out of memory ({found}): lower the batch sizes or numbers", file=sys.stderr)
             sys.exit(2)
         command = f"Continue with: python {sys.argv[0]} --resume"
-        then = f"{command} {Path(HELD[0].lock_file).parent}" if HELD else "Nothing was written."
+        folder = Path(HELD[0].lock_file).parent if HELD else None
+        then = f"{command} {folder}" if folder and (folder / "args.json").is_file() else "Nothing was written."
         if isinstance(error, KeyboardInterrupt):
             print(f"\ninterrupted. {then}", file=sys.stderr)
             sys.exit(130)
@@ -711,6 +712,9 @@ def default_features(data: str) -> str:
 def check_pictures(args, shape: tuple, most: int) -> None:
     """InputError if the pictures, features or covariance (of `most` numbers) that inverse_noise_correction.py is to use do not suit a
     model of pictures of that shape."""
+    if shape[0] not in (1, 3):
+        given = f"--channels {shape[0]}" if args.train_base else f"--model {args.model}: {shape[0]} channels"
+        raise InputError(f"{given}: must be 1 (grey) or 3 (RGB)")
     d = math.prod(shape)
     if args.normalise == "gaussian" and d > most:
         raise InputError(f"--normalise gaussian: {d} numbers in a picture are too many, {most} at most; take scale")
@@ -829,7 +833,7 @@ def schedule_prompts(count: int, per_round: int, rounds: int, seed: int) -> list
 # ---------------------------------------------------------------- the run folder and its checkpoints
 
 LOCK = ".lock"  # a file in it
-HELD = []  # the lock of the run's folder, for as long as the process lives
+HELD, WRITER = [], []  # the lock of the run's folder and its tensorboard writer, for as long as the process lives
 
 
 def check_output(output: str, resume: str) -> None:
@@ -868,13 +872,15 @@ def lock(folder: Path, flag: str) -> None:
     """Keep other processes from running in `folder`; the system ends that with the process, even a killed one."""
     while HELD:
         HELD.pop().release()
+    while WRITER:
+        WRITER.pop().close()
     held = filelock.FileLock(folder / LOCK)
     try:
         held.acquire(timeout=0)
     except filelock.Timeout:
         raise InputError(f"{flag} {folder}: in use by another process; wait for it, or give another folder") from None
     except OSError as error:
-        if error.errno != errno.ENOLCK:  # which some network file systems say
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # what some network file systems say
             raise
         print(f"warning: {folder} cannot be locked ({error.strerror}); start no second run in it", file=sys.stderr)
     HELD.append(held)
@@ -915,7 +921,7 @@ def load_checkpoint(folder: Path, name: str = "checkpoint.pt") -> dict | None:
     return state
 
 
-def resume(args, folder: Path, model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> tuple:
+def restore(args, folder: Path, model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> tuple:
     """(state, save) of a run that tunes a LoRA: what it has done so far, with --resume as stored (the LoRA, the optimiser and the
     scaler are then set back too), and the function that stores all of it."""
     state = load_checkpoint(folder) if args.resume else None
@@ -941,7 +947,7 @@ def resume(args, folder: Path, model, optimizer: torch.optim.Optimizer, scaler: 
 SHOWN = 24  # pictures that are kept whole, for grid.png: six prompts x 4
 
 
-def kept(images: list[Image.Image], number: int) -> list[Image.Image]:
+def shrunk(images: list[Image.Image], number: int) -> list[Image.Image]:
     """The pictures, the first being the `number`-th of all; from SHOWN on at most 64 x 64 pixels of each are kept."""
     return [p if number + j < SHOWN else p.resize((min(64, p.width), min(64, p.height))) for j, p in enumerate(images)]
 
@@ -1013,11 +1019,14 @@ def write_metrics(folder: Path, state: dict, base: dict, reward: str) -> None:
 
 
 def log(folder: Path, rows: list[dict], step: int, seconds: float) -> None:
-    """metrics.csv with all rows; tensorboard's events of the newest and, there alone since no two runs agree in it, the time it took."""
+    """metrics.csv with all rows; tensorboard's events of the newest and, there alone since no two runs agree in them, the seconds since
+    the run began."""
     write_csv(folder / "metrics.csv", rows)
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=step) as writer:
-        for name, value in (rows[-1] | {"seconds": seconds}).items():
-            writer.add_scalar(name, value, step)
+    if not WRITER:
+        WRITER.append(SummaryWriter(str(folder / "tensorboard"), purge_step=step))
+    for name, value in (rows[-1] | {"seconds": seconds}).items():
+        WRITER[0].add_scalar(name, value, step)
+    WRITER[0].flush()
 
 
 def check_finite(where: str, loss: float, norm: float, scaler: torch.amp.GradScaler) -> None:
@@ -1169,17 +1178,6 @@ def unresolved_share(rewards):
     return (within.sum() / total.sum()).item(), ((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt().item()
 
 
-def probe_rows(rewards: torch.Tensor, steps: list, timesteps: list, total: int) -> list[dict]:
-    """P-GRAFT's probe: rows {step, timestep, switch, unresolved, se}, the latter two from unresolved_share. rewards: (levels,
-    restarts, prompts, states), steps: after how many steps each level is, timesteps: of the sampler, total: of training."""
-    rows = []
-    for step, values in zip(steps, rewards):
-        share, se = unresolved_share(values.permute(1, 2, 0))
-        level = {"step": step, "timestep": timesteps[step], "switch": timesteps[step] / total}
-        rows.append(level | {"unresolved": share, "se": se})
-    return rows
-
-
 def recommend(rows: list[dict], limit: float) -> tuple[float, str]:
     """(timestep of the recommended switch, the reason): the noisiest level with V(t) + its standard error <= limit."""
     if all(math.isnan(row["unresolved"]) for row in rows):
@@ -1190,9 +1188,8 @@ def recommend(rows: list[dict], limit: float) -> tuple[float, str]:
     return rows[-1]["timestep"], f"the cleanest level: V(t) + s.e. is nowhere at most {limit:g}"
 
 
-def show_probe(folder: Path, rows: list[dict], args, total: int) -> float:
-    """V(t) of P-GRAFT's probe with its standard error against the level: printed, probe.csv, probe.png; returns the timestep of the
-    recommended switch. total: timesteps in training."""
+def show_probe(folder: Path, rows: list[dict], args, switch: float, reason: str) -> None:
+    """V(t) of P-GRAFT's probe with its standard error against the level: printed, probe.csv, probe.png. switch, reason: recommended."""
     write_csv(folder / "probe.csv", rows)
     figure = Figure(figsize=(5, 3), layout="constrained")
     axis = figure.subplots()
@@ -1200,12 +1197,10 @@ def show_probe(folder: Path, rows: list[dict], args, total: int) -> float:
     axis.axhline(args.probe_limit, linestyle=":", color="grey")
     axis.set(xlabel="level t / T (1: noise)", ylabel=f"V(t) of {args.reward}", ylim=(0, None), xlim=(1, 0))
     save_figure(figure, folder / "probe.png")
-    switch, reason = recommend(rows, args.probe_limit)
     print("\n  step  timestep  --switch   V(t)   s.e.   (the share of the reward that the state leaves open)")
     for row in rows:
         print("  {step:4d}  {timestep:8.0f}  {switch:8.3f}  {unresolved:5.2f}  {se:5.2f}".format(**row))
-    print(f"  recommended: --switch {switch / total:g}, {reason}", flush=True)
-    return switch
+    print(f"  recommended: --switch {switch:g}, {reason}", flush=True)
 
 
 def describe_switch(args, prompts: int) -> str:
@@ -1402,13 +1397,6 @@ def noise_statistics(z: torch.Tensor) -> dict[str, float]:
     }
 
 
-def match_norms(eps: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """eps (n, ...) from N(0, I) with its lengths moved to the law of `norms` (m,), order kept: |eps|^2 is chi-squared."""
-    length = eps.flatten(1).norm(dim=1)  # (n,)
-    quantile = torch.special.gammainc(torch.tensor(eps[0].numel() / 2).to(length), length.square() / 2)
-    return eps * (torch.quantile(norms, quantile) / length).view(-1, *[1] * (eps.dim() - 1))
-
-
 def save_noises(path: Path, noises: dict[str, torch.Tensor], statistics: dict[str, dict]) -> None:
     """Figure of {name: noises (n, channels, height, width)} beside each other and where the first deviate; statistics: of each."""
     figure = Figure(figsize=(14, 3), layout="constrained")
@@ -1498,10 +1486,15 @@ def print_inversion(report: dict) -> None:
 
 
 def show_correction(
-    folder: Path, results: dict, rows: list[dict], noises: dict[str, torch.Tensor], data: torch.Tensor
+    folder: Path, results: dict, rows: list, inverted: torch.Tensor, starts: dict, data: torch.Tensor, args
 ) -> None:
     """results.json, to which the rows of the table and the statistics of the noises are added, pictures, and the tables, printed.
-    noises: {name: (n, channels, height, width)}; data: pictures to compare with, the same shape."""
+    inverted: noises (n, channels, height, width); starts: {name: what makes initial noise of eps}; data: pictures to compare with."""
+    eps = draw_noise([derived_seed("statistics", i) for i in range(len(inverted))], 0, inverted.shape[1:], torch.float32)[0]
+    noises = {"inverted": inverted, "standard": eps}
+    for name, start in starts.items():
+        if name in ("gaussian", "corrector"):
+            noises[name] = torch.cat([start(part.to(args.device)).cpu() for part in eps.split(args.sample_batch)])
     results = {"table": [{k: row[k] for k in ("arm", "steps", "fd", "flops")} for row in rows]} | results
     results["noise"] = {name: noise_statistics(z) for name, z in noises.items()}
     results["seconds"]["per_picture"] = [row["seconds"] for row in rows]

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import graft  # noqa: E402
-from common import Model, derived_seed  # noqa: E402
+from common import Model, derived_seed, draw_noise  # noqa: E402
 from rewards import REWARDS, diversity  # noqa: E402
 
 SAMPLES = 4
@@ -28,7 +28,7 @@ def pictures(model, prompts, samples, tag, guidance=1.0, eta=1.0, temperature=1.
     images = []
     for k in range(0, len(jobs), 64):
         asked, seeds = zip(*jobs[k : k + 64])
-        noise = temperature * graft.draw_noise(seeds, STEPS, model.latent_shape, model.dtype)
+        noise = temperature * draw_noise(seeds, STEPS, model.latent_shape, model.dtype)
         images += model.decode(graft.sample(model, noise, model.encode(list(asked)), guidance, eta))
     return images, [p for p, _ in jobs]
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import graft
-import rewards as run  # arguments, run folder, tables, pictures
-from common import DTYPES, ROOT, InputError, Model, derived_seed
+import rewards as run  # rewards.py: besides the rewards, arguments, run folder, tables, pictures
+from common import DTYPES, ROOT, InputError, Model, derived_seed, draw_noise
 from rewards import score
 
 # what is not as in graft.py; the learning rate of the embedded model was chosen on validation prompts
@@ -165,7 +165,7 @@ clip {args.clip:g}, lr {args.lr:g}""")
                 torch.arange(len(chosen)).split(args.sample_batch), desc=f"sample {r + 1}", leave=False, mininterval=1
             ):
                 asked = [prompts[i] for i in chosen[part]]
-                noise = graft.draw_noise([seeds[i] for i in part], args.steps, model.latent_shape, model.dtype)
+                noise = draw_noise([seeds[i] for i in part], args.steps, model.latent_shape, model.dtype)
                 trajectory, densities = sample_trajectories(model, noise, model.encode(asked), grid, args)
                 scores.append(score(rewards[:1], model.decode(trajectory[-1], f"sample {r + 1}"), asked)[args.reward])
                 states.append(trajectory)

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import graft  # noqa: E402
 import rewards  # noqa: E402
-from common import DTYPES, InputError, Model  # noqa: E402
+from common import DTYPES, InputError, Model, draw_noise  # noqa: E402
 from shapes.train import make_tokenizer  # noqa: E402
 
 GB = 1e9
@@ -320,7 +320,7 @@ def check_pictures(folder: str, prompts: list[str], args, device: str, dtype: st
     model = Model(folder, device, DTYPES[dtype], args.t5)
     seeds, prompts = [1, 2], prompts[:2]
     flow = model.prediction_type == "flow"
-    noise = graft.draw_noise(seeds, 4, model.latent_shape, model.dtype)
+    noise = draw_noise(seeds, 4, model.latent_shape, model.dtype)
     found = graft.sample(model, noise, model.encode(prompts), args.guidance, 0.0 if flow else args.eta)
     options = {"num_inference_steps": 4, "guidance_scale": args.guidance, "output_type": "latent"}
     options |= {} if flow else {"eta": args.eta}
@@ -336,7 +336,7 @@ def check_pictures(folder: str, prompts: list[str], args, device: str, dtype: st
 def check_no_wait(folder: str, prompts: list[str], args, device: str) -> str:
     """Sample while torch refuses whatever makes the host wait for the device, from the first call of the model on."""
     model = Model(folder, device, DTYPES[args.dtype], args.t5)
-    noise = graft.draw_noise([1], 4, model.latent_shape, model.dtype)
+    noise = draw_noise([1], 4, model.latent_shape, model.dtype)
     text, predict = model.encode(prompts[:1]), model.predict
 
     def strict(*values):

@@ -44,8 +44,8 @@ INVERSE, PIPELINE, FAMILIES = "tests/test_inverse_noise_correction.py", "tests/t
 REWARDS, MODELS, DDPO = "tests/test_rewards.py", "tests/test_reward_models.py", "tests/test_ddpo.py"
 TWO_STEPS = "tests/test_pipeline.py -k 'test_sample_equals_stock_pipeline and 4'"
 
-# {(file, function, test files and -k): [(old, new)]}; old stands once in the function. accept, _rank, reshaped_reward and the other
-# copies in pgraft.py are compared with graft.py's by a test, so that they are changed in graft.py alone.
+# {(file, function, test files and -k): [(old, new)]}; old stands once in the function. accept, _rank and
+# guided_prediction, the copies in pgraft.py, are compared with graft.py's by a test, so that they are changed in graft.py alone.
 TABLE = {
     # ------------------------------------------------------------ GRAFT
     ("graft.py", "accept", f"{EQUATIONS} -k 'topk or quantiles'"): [
@@ -58,7 +58,7 @@ TABLE = {
     ],
     ("graft.py", "accept", f"{EQUATIONS} -k flat"): [
         ("groups != groups[:, :1]", "groups == groups[:, :1]"),
-        ("mask if flat else mask &", "mask if flat else mask |"),
+        ("mask & ((groups", "mask | ((groups"),
         (".any(1, keepdim=True)", ".all(1, keepdim=True)"),
     ],
     ("graft.py", "accept", f"{EQUATIONS} -k exponential"): [
@@ -275,7 +275,7 @@ TABLE = {
         (".sqrt()", ""),
         ("flat.mean(0), ", "0 * flat.mean(0), "),
     ],
-    ("rewards.py", "match_norms", f"{INVERSE} -k match_norms"): [
+    ("inverse_noise_correction.py", "match_norms", f"{INVERSE} -k match_norms"): [
         ("length.square() / 2", "length.square()"),
         ("quantile) / length)", "quantile))"),
     ],
@@ -296,7 +296,7 @@ TABLE = {
         ("(1 - level) * x + level * eps", "level * x + (1 - level) * eps"),
     ],
     ("inverse_noise_correction.py", "train_corrector", f"{INVERSE} -k best_held_out"): [
-        ('if score < state["best"]', 'if score > state["best"]'),
+        ('if value < state["best"]', 'if score > state["best"]'),
     ],
     # ------------------------------------------------------------ shared
     ("common.py", "Model.alpha_sigma", TWO_STEPS): [

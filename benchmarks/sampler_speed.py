@@ -16,14 +16,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import graft  # noqa: E402
-from common import Model  # noqa: E402
+from common import Model, draw_noise  # noqa: E402
 
 prompts = (ROOT / "shapes" / "prompts_train.txt").read_text().splitlines()[:64]
 model = Model(str(ROOT / "shapes" / "pipeline"), "cpu", torch.float32)
 
 
 def ours():
-    noise = graft.draw_noise(range(64), 10, model.latent_shape, model.dtype)
+    noise = draw_noise(range(64), 10, model.latent_shape, model.dtype)
     return model.decode(graft.sample(model, noise, model.encode(prompts), 1.0, 1.0))
 
 

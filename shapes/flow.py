@@ -1,6 +1,6 @@
 """Unconditional flow models: stock diffusers networks with a FlowMatchEulerDiscreteScheduler, loaded, checked, made and trained.
 
-Nothing here is about a method; the samplers and losses of inverse_noise_correction.py stand in that file.
+What inverse_noise_correction.py checks of its networks is here too; its samplers and its loss stand in that file.
 """
 
 import copy
@@ -140,17 +140,17 @@ def flow_objective(flow, pictures, batch):
 def fit(network, loss, updates, lr, key, state, every):
     """AdamW (warm-up, cosine to 0) on loss(generator), whose draws all come from a generator seeded by key and the update alone.
     After every `every` updates and the last it yields their number, with the averaged weights in the network; they stay there
-    at the end. state: {}, or one stored at a yield to go on from there; at every yield it is what is to be stored."""
+    at the end. state: a dict without "update", or one stored at a yield to go on from there; at every yield it is what is to be stored."""
     parameters = list(network.requires_grad_(True).parameters())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     average = [p.detach().clone() for p in parameters]
-    begun, losses = state.get("update", 0), state.setdefault("losses", [])
-    if begun:
+    done, losses = state.get("update", 0), state.setdefault("losses", [])
+    if done:
         network.load_state_dict(state["weights"])
-    if 0 < begun < updates:
+    if 0 < done < updates:
         optimizer.load_state_dict(state["optimizer"])
         average = [p.to(parameters[0].device) for p in state["average"]]
-    for i in tqdm(range(begun, updates), desc=key[-1], leave=False, mininterval=1):
+    for i in tqdm(range(done, updates), desc=key[-1], leave=False, mininterval=1):
         optimizer.param_groups[0]["lr"] = lr * min(1, (i + 1) / 100) * 0.5 * (1 + math.cos(math.pi * i / updates))
         value = loss(torch.Generator().manual_seed(derived_seed(*key, i)))
         if not value.isfinite():
@@ -182,7 +182,7 @@ def update_flops(network, loss):
     return flops
 
 
-# ---------------------------------------------------------------- checks before anything is loaded
+# ---------------------------------------------------------------- checks
 
 
 def check_flow(name):
@@ -237,8 +237,6 @@ def check_networks(args, shape):
     check_network(args.corrector_network, shape[1], "--corrector_network")
     if args.train_base:
         check_network(args.base_network, shape[1], "--base_network")
-    if shape[0] not in (1, 3):
-        raise InputError(f"--channels {shape[0]}: must be 1 (grey) or 3 (RGB)")
 
 
 def check_network(spec, size, flag):

@@ -169,18 +169,18 @@ def test_threshold_and_none():
 
 
 def test_flat_groups_are_skipped():
-    """Without `flat`, of a row (topk) or a pair (preference) whose rewards are all equal nothing is accepted."""
+    """Without `accept_flat`, of a row (topk) or a pair (preference) whose rewards are all equal nothing is accepted."""
     rewards = torch.tensor([[2.0, 2, 2, 2], [1, 1, 3, 1], [0, 0, 5, 4]])
     for top_k, best in ((1, [[2], [2]]), (2, [None, [2, 3]])):
-        mask = accept(rewards, "topk", top_k=top_k, flat=False, generator=seeded())
+        mask = accept(rewards, "topk", top_k=top_k, accept_flat=False, generator=seeded())
         assert mask.sum(1).tolist() == [0, top_k, top_k]
         for row, places in zip(mask[1:], best):
             assert places is None or row.nonzero().flatten().tolist() == places
         assert accept(rewards, "topk", top_k=top_k, generator=seeded()).sum(1).tolist() == [top_k] * 3
-    mask = accept(rewards, "preference", flat=False, generator=seeded())
+    mask = accept(rewards, "preference", accept_flat=False, generator=seeded())
     assert mask.tolist() == [[False] * 4, [False, False, True, False], [False, False, True, False]]
     assert accept(rewards, "preference", generator=seeded()).view(-1, 2).sum(1).tolist() == [1] * 6
-    assert accept(rewards, "threshold", threshold=2.0, flat=False, generator=seeded())[0].all()  # it ranks nothing
+    assert accept(rewards, "threshold", threshold=2.0, accept_flat=False, generator=seeded())[0].all()  # it ranks nothing
 
 
 @pytest.mark.parametrize(
@@ -190,9 +190,9 @@ def test_flat_groups_are_skipped():
         ("exponential", {"beta": 0.0}, "beta"),
         ("threshold", {}, "threshold"),
         ("best", {}, "topk, preference"),
-        ("topk", {"top_k": 4}, "the 4 best of every 3"),
+        ("topk", {"top_k": 4}, "the 4 best of 3"),
         ("topk", {"top_k": 0}, "the 0 best"),
-        ("preference", {}, "every 2 of 3"),
+        ("preference", {}, "best of 2 from 3"),
     ],
 )
 def test_accept_refuses(rule, options, message):

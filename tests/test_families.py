@@ -456,7 +456,7 @@ def test_8bit_optimizer(monkeypatch):
 
 def test_another_pipeline_is_refused_before_anything_loads(monkeypatch, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", lambda name, filename, **_: str(tmp_path / filename))
+    monkeypatch.setattr("common.hf_hub_download", lambda name, filename: str(tmp_path / filename))
     with pytest.raises(InputError, match="black/flux: is a FluxPipeline; supported: .*XLPipeline, StableDiffusion3Pipeline"):
         Model("black/flux", "cpu", torch.float32)
     monkeypatch.undo()

@@ -30,7 +30,7 @@ from PIL import Image
 import inverse_noise_correction as inc
 from common import InputError, derived_seed
 from inverse_noise_correction import Corrector, correct, euler_invert, euler_sample, interpolant
-from rewards import frechet_distance, frechet_features, match_norms, noise_statistics
+from rewards import frechet_distance, frechet_features, noise_statistics
 from shapes import flow as flows
 from shapes import flow_data
 from shapes.flow import Flow
@@ -389,7 +389,7 @@ def test_corrector_is_told_the_norm():
 
 def test_match_norms():
     eps, norms = randn(20_000, 1, 3, 4), 2 + torch.rand(5000, generator=seeded(1), dtype=torch.float64)
-    found = match_norms(eps, norms)
+    found = inc.match_norms(eps, norms)
     length, before = found.flatten(1).norm(dim=1), eps.flatten(1).norm(dim=1)
     grid = torch.linspace(0.02, 0.98, 9, dtype=torch.float64)
     assert torch.allclose(length.quantile(grid), norms.quantile(grid), atol=0.02)
@@ -752,7 +752,7 @@ def test_results(finished, tiny_flow, data):
     expected += [("base trained on", None, k, 1.0, k * call) for k in sorted({3, matched})]
     expected += [("scale only", results["scale"] * eps, 3, 1.0, 3 * call)]
     expected += [("gaussian", gaussian, 3, 1.0, 3 * call + 2 * 64 * 64)]
-    matched_norms = match_norms(
+    matched_norms = inc.match_norms(
         eps,
         Corrector(None, {}, inc.gaussian_of(learnt_from)).standardise(learnt_from).flatten(1).norm(dim=1),
     )
