@@ -296,7 +296,7 @@ TABLE = {
         ("(1 - level) * x + level * eps", "level * x + (1 - level) * eps"),
     ],
     ("inverse_noise_correction.py", "train_corrector", f"{INVERSE} -k best_held_out"): [
-        ('if value < state["best"]', 'if score > state["best"]'),
+        ('if value < state["best"]', 'if value > state["best"]'),
     ],
     # ------------------------------------------------------------ shared
     ("common.py", "Model.alpha_sigma", TWO_STEPS): [
