@@ -9,9 +9,9 @@ import json
 import os
 from pathlib import Path
 
+import huggingface_hub as hub
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -44,11 +44,13 @@ def check_device(device: str, dtype: str, of: str = "") -> str:
 
 def check_model_name(name: str) -> str:
     """The pipeline class, one of FAMILIES, of a folder or hub id (owner/name). InputError for another; no weights are read."""
-    if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
-        raise InputError(f"--model {name}: no such folder, and no hub id of the form owner/name")
+    index = Path(name) / "model_index.json"
     try:
-        index = Path(name) / "model_index.json" if Path(name).exists() else hf_hub_download(name, "model_index.json")
-        family = json.loads(Path(index).read_text(encoding="utf-8")).get("_class_name")
+        if not Path(name).is_dir():
+            if not hub.try_to_load_from_cache(name, index.name):  # the download would try for half a minute without a network
+                hub.get_hf_file_metadata(hub.hf_hub_url(name, index.name))
+            index = Path(hub.hf_hub_download(name, index.name))
+        family = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except Exception as error:  # no network, no right to it, no pipeline, a damaged file: many kinds
         raise InputError(f"--model {name}: cannot be loaded ({error}); give the folder or hub id of a pipeline") from None
     if str(family) not in FAMILIES:
@@ -173,6 +175,10 @@ class Model:
         scheduler.set_timesteps(min(steps, total))
         grid, flow = scheduler.timesteps.tolist(), self.prediction_type == "flow"
         if steps >= total or not flow and any(t - total // steps != after for t, after in zip(grid, grid[1:])):
+            if not flow and scheduler.config.timestep_spacing == "linspace":  # which suits no number
+                raise InputError(
+                    f"--model {self.name}: set timestep_spacing in scheduler_config.json to leading, not linspace"
+                )
             spaced = "" if flow else f" and, with {scheduler.config.timestep_spacing!r} spacing, divide them"
             raise InputError(f"--steps {steps}: must be below the model's {total} training steps{spaced}")
         return grid
@@ -275,15 +281,6 @@ class Model:
         options = {f"{self.part}_lora_layers": state, **_collate_lora_metadata({self.part: self.denoiser})}
         self.pipeline.save_lora_weights(folder, weight_name="part.safetensors", **options)
         os.replace(folder / "part.safetensors", folder / LORA_FILE)
-
-
-def make_adamw(parameters: list, lr: float, eight_bit: bool) -> torch.optim.Optimizer:
-    """AdamW without weight decay, or bitsandbytes' with its state in 8 bits; InputError without that package."""
-    try:
-        kind = importlib.import_module("bitsandbytes.optim").AdamW8bit if eight_bit else torch.optim.AdamW
-    except ImportError as error:
-        raise InputError(f"--optimizer_8bit needs the package bitsandbytes ({error}); pip install bitsandbytes") from None
-    return kind(parameters, lr=lr, weight_decay=0.0)
 
 
 def derived_seed(*key: int | str) -> int:

@@ -317,7 +317,7 @@ def final_evaluation(model, policy, rewards, prompts, held_out, all_steps, args)
 
 
 def prepare(args):
-    """Check every argument before any model loads and fill in what was left out.
+    """Fill in what was left out, check all that needs no diffusion model, then load the rewards that are models.
     Returns (training prompts, held-out prompts, rewards, numbers of steps to evaluate); rewards[0] is optimised, all are reported."""
     run.complete(args, DEFAULTS, LIMITS, CHOICES)
     all_steps = sorted({args.steps, *run.numbers(args, "eval_steps", int, 1, 999)})

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import rewards as run  # rewards.py: besides the rewards, arguments, run folder, tables, pictures
-from common import DTYPES, ROOT, InputError, Model, derived_seed, draw_noise, make_adamw
+from common import DTYPES, ROOT, InputError, Model, derived_seed, draw_noise
 from rewards import average_hash, diversity, image_statistics, score
 
 
@@ -104,7 +104,7 @@ def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None
     """Which samples a rule accepts. rewards: (prompts, samples) -> bool mask of the same shape.
 
     "topk": the top_k best of each row. "preference": the better of each consecutive pair. Both break ties at random; without
-    `accept_flat` they accept nothing of a row or pair whose rewards are all equal.
+    `accept_flat` they accept nothing of a row or pair whose rewards are all equal, nor are these duplicates of others.
     "exponential": each with probability exp((r - reward_max) / beta); reward_max is the reward's known upper bound, without
     one the row's maximum. "threshold": r >= threshold. "none": all. keys: integer ids, same shape; of the accepted samples of
     a row that share a key one is kept (the best; ties at random). ValueError for a rule without its parameter.
@@ -311,7 +311,7 @@ def main(args):
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     if args.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
-    optimizer = make_adamw(parameters, args.lr, args.optimizer_8bit)
+    optimizer = run.make_adamw(parameters, args.lr, args.optimizer_8bit)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
     schedule = run.schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
     folder = run.make_run_folder(args, "pgraft", args.model, args.seed)

@@ -1,8 +1,9 @@
-"""Rewards, and all that surrounds a method and is no step of it. In this order:
+"""Rewards, and what surrounds a method: all that needs neither its model nor its loss, a few of its formulas included (equations (2),
+(3) of graft.py, (7) of pgraft.py). In this order:
 
     rewards of a picture; rewards that are models; the language of --reward; statistics of pictures; the Frechet distance;
-    what an acceptance rule makes of the rewards; the command line; prompts, and which settings go together; the run folder and
-    its checkpoints; what a run prints, draws and writes: of all scripts, of pgraft.py, noise_ppo.py, inverse_noise_correction.py
+    what an acceptance rule makes of the rewards; the command line; which settings go together; prompts; the run folder and its
+    checkpoints; what a run prints, draws and writes: of all scripts, of pgraft.py, noise_ppo.py, inverse_noise_correction.py
 
 A reward is a function, `reward(images, prompts) -> tensor`. images: list of n PIL pictures, prompts: list of n strings, result: float32
 tensor (n,), larger is better. A reward may be anything: no gradient is needed.
@@ -131,14 +132,14 @@ def image_embeddings(model, processor, images):
     """n pictures -> (n, width) float32, each of length 1."""
     pixels = processor([i.convert("RGB") for i in images], return_tensors="pt").pixel_values
     embeddings = model.get_image_features(pixels.to(model.device, model.dtype)).pooler_output  # projected already
-    return torch.nn.functional.normalize(embeddings.float(), dim=1)
+    return F.normalize(embeddings.float(), dim=1)
 
 
 def text_embeddings(model, tokenizer, prompts):
     """n prompts, each cut at the model's number of tokens (77) -> (n, width) float32, each of length 1."""
     most = model.config.text_config.max_position_embeddings
     tokens = tokenizer(prompts, padding=True, truncation=True, max_length=most, return_tensors="pt").to(model.device)
-    return torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=1)
+    return F.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=1)
 
 
 def clip(checkpoint, device, dtype):
@@ -374,7 +375,7 @@ def in_batches(function, size: int):
 def is_checkpoint(name: str) -> bool:
     """Whether it is a folder or looks like a hub id, owner/name."""
     hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
-    return hub_id or name != "" and Path(name).is_dir()
+    return name != "" and (Path(name).is_dir() or hub_id and not Path(name).exists())
 
 
 def load_function(spec: str, flag: str):
@@ -460,7 +461,7 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum() - 2 * cross).item()
 
 
-# ---------------------------------------------------------------- what a rule makes of the rewards
+# ---------------------------------------------------------------- what an acceptance rule makes of the rewards
 
 RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
 
@@ -511,17 +512,24 @@ DEFAULTS = {
     "reward": ("shapes_strict", *["jpeg_compressibility"] * 3),
     "eval_rewards": ("shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility", *["jpeg_compressibility"] * 3),
 }
-AT_LEAST_ONE = "prompts_per_round guidance sample_batch updates batch micro_batch".split()
-LIMITS = dict.fromkeys(AT_LEAST_ONE, (1, 10**6)) | dict.fromkeys(("rounds", "samples", "epochs"), (1, 10**4))  # least, most
-LIMITS |= {"top_k": (1, "samples"), "steps": (1, 999), "eta": (0, 1), "eval_samples": (2, 10**4), "eval_every": (0, 10**9)}
-LIMITS |= {
+LIMITS = {  # least, most
+    **dict.fromkeys("prompts_per_round guidance sample_batch updates batch micro_batch reward_batch".split(), (1, 10**6)),
+    **dict.fromkeys(("rounds", "samples", "epochs"), (1, 10**4)),
+    "top_k": (1, "samples"),
+    "steps": (1, 999),
+    "eta": (0, 1),
+    "eval_samples": (2, 10**4),
+    "eval_every": (0, 10**9),
     "lora_rank": (1, 1024),
     "lora_alpha": (1e-6, 1e6),
     "lr": (1e-12, 1),
     "clip": (1e-9, 1e9),
     "prompt_dropout": (0, 0.99),
+    "seed": (0, 2**63 - 1),
+    "probe_restarts": (2, 10**4),
+    "probe_limit": (0, 1),
+    "probe_prompts": (2, 10**9),
 }
-LIMITS |= {"seed": (0, 2**63 - 1), "probe_restarts": (2, 10**4), "probe_limit": (0, 1), "probe_prompts": (2, 10**9)}
 CHOICES = {"reference": ("newest", "base"), "rule": (*RANKING, "exponential", "threshold", "none")}
 
 
@@ -531,13 +539,15 @@ def complete(args, defaults: dict = {}, limits: dict = {}, choices: dict = {}) -
     The tables hold what a script adds to those above or has otherwise. defaults: {setting: (of the embedded model, then of
     FAMILIES in their order)}; limits and choices: as in check_tables.
     """
+    args.device = check_device(args.device, args.dtype)
+    check_output(args.output, args.resume)
+    if not is_checkpoint(args.model):
+        raise InputError(f"--model {args.model}: no such folder, and no hub id of the form owner/name")
     embedded = Path(args.model).resolve() == ROOT / "shapes" / "pipeline"
     column = [*FAMILIES].index(check_model_name(args.model)) + 1
     for name, values in (DEFAULTS | defaults).items():
         if getattr(args, name, 0) is None:
             setattr(args, name, values[0 if embedded else column])
-    args.device = check_device(args.device, args.dtype)
-    check_output(args.output, args.resume)
     check_tables(args, limits, choices)
     if hasattr(args, "rule"):
         check_rule(args)
@@ -550,10 +560,10 @@ def check_tables(args, limits: dict, choices: dict) -> None:
         if hasattr(args, name):
             most = getattr(args, most) if isinstance(most, str) else most
             if not least <= getattr(args, name) <= most:
-                raise InputError(f"--{name} {getattr(args, name)}: must be between {least:g} and {most:g}")
+                raise InputError(f"--{name} {getattr(args, name)}: must be between {least} and {most}")
     for name, allowed in (CHOICES | choices).items():
         if getattr(args, name, allowed[0]) not in allowed:
-            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(allowed)}")
+            raise InputError(f"--{name} {getattr(args, name)}: must be one of {', '.join(filter(None, allowed))}")
 
 
 def numbers(args, name: str, kind: type, least: float, most: float) -> list:
@@ -640,9 +650,7 @@ def parse_arguments(cls, argv: list[str] | None = None):
     return args
 
 
-# ---------------------------------------------------------------- prompts, and which settings go together
-
-PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
+# ---------------------------------------------------------------- which settings go together
 
 
 def check_rule(args) -> None:
@@ -727,8 +735,14 @@ def check_pictures(args, shape: tuple, most: int) -> None:
         raise InputError("--features inception: needs the package torch-fidelity (pip install torch-fidelity), or use pixels")
 
 
+# ---------------------------------------------------------------- prompts
+
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
+
+
 def read_task(args) -> tuple[list[str], list[str], list[Reward]]:
-    """(training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported. InputError before any loads."""
+    """(training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported. InputError for prompts and
+    names before any model loads."""
     prompts = read_prompts(args.prompts, "--prompts")
     if args.eval_prompts or args.prompts == type(args).prompts:
         held_out = read_prompts(args.eval_prompts or str(ROOT / "shapes" / "prompts_eval.txt"), "--eval_prompts")
@@ -833,7 +847,7 @@ def schedule_prompts(count: int, per_round: int, rounds: int, seed: int) -> list
 # ---------------------------------------------------------------- the run folder and its checkpoints
 
 LOCK = ".lock"  # a file in it
-HELD, WRITER = [], []  # the lock of the run's folder and its tensorboard writer, for as long as the process lives
+HELD, WRITER = [], []  # the newest run's lock and tensorboard writer, until the process ends or makes the next
 
 
 def check_output(output: str, resume: str) -> None:
@@ -864,6 +878,8 @@ def make_run_folder(args, script: str, model: str, seed: int) -> Path:
             check_output(str(folder), "")  # again: another process may have been faster
             write_atomically(folder / "args.json", json.dumps(dataclasses.asdict(args), indent=2) + "\n")
     except OSError as error:
+        if args.resume:
+            raise  # run_script says what to do
         raise InputError(f"--output {folder}: cannot be written ({error.strerror}); give another folder") from None
     return folder
 
@@ -874,16 +890,15 @@ def lock(folder: Path, flag: str) -> None:
         HELD.pop().release()
     while WRITER:
         WRITER.pop().close()
-    held = filelock.FileLock(folder / LOCK)
+    HELD.append(filelock.FileLock(folder / LOCK, fallback_to_soft=False))  # a file alone would outlive a killed process
     try:
-        held.acquire(timeout=0)
+        HELD[0].acquire(timeout=0)
     except filelock.Timeout:
         raise InputError(f"{flag} {folder}: in use by another process; wait for it, or give another folder") from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # what some network file systems say
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):  # of some network file systems
             raise
         print(f"warning: {folder} cannot be locked ({error.strerror}); start no second run in it", file=sys.stderr)
-    HELD.append(held)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -919,6 +934,15 @@ def load_checkpoint(folder: Path, name: str = "checkpoint.pt") -> dict | None:
     if state.pop("args", None) != (folder / "args.json").read_text(encoding="utf-8"):
         raise InputError(f"{refused} was made with another args.json; put that back, or start a new run")
     return state
+
+
+def make_adamw(parameters: list, lr: float, eight_bit: bool) -> torch.optim.Optimizer:
+    """AdamW without weight decay, or bitsandbytes' with its state in 8 bits; InputError without that package."""
+    try:
+        kind = importlib.import_module("bitsandbytes.optim").AdamW8bit if eight_bit else torch.optim.AdamW
+    except ImportError as error:
+        raise InputError(f"--optimizer_8bit needs the package bitsandbytes ({error}); pip install bitsandbytes") from None
+    return kind(parameters, lr=lr, weight_decay=0.0)
 
 
 def restore(args, folder: Path, model, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> tuple:
@@ -1119,9 +1143,9 @@ def save_panels(path: Path, panels: list[tuple[str, str, dict]], log_x: bool = F
     figure = Figure(figsize=(4.5 * len(panels), 3), layout="constrained")
     for axis, (x_label, y_label, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for label, columns in lines.items():
-            kept = [point for point in zip(*columns) if not np.isnan(point[1])]
-            if kept:
-                axis.errorbar(*zip(*kept), fmt="o-", markersize=3, linewidth=1, capsize=2, label=label)
+            points = [point for point in zip(*columns) if not np.isnan(point[1])]
+            if points:
+                axis.errorbar(*zip(*points), fmt="o-", markersize=3, linewidth=1, capsize=2, label=label)
         axis.set(xlabel=x_label, ylabel=y_label)
         if log_x:
             ticks = sorted({x for columns in lines.values() for x in columns[0]})

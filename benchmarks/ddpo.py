@@ -143,14 +143,8 @@ def main(args):
   update     {args.epochs} epochs x {math.ceil(len(schedule[0]) * args.samples / args.batch)} updates x {args.batch} trajectories a round, \
 clip {args.clip:g}, lr {args.lr:g}""")
     model.remember(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
-    state = run.load_checkpoint(folder) if args.resume else None
-    if state:
-        for name, parameter in model.lora().items():
-            parameter.data.copy_(state["lora"][name])
-        optimizer.load_state_dict(state["optimizer"])
-    else:
-        state = {"round": 0, "rows": [], "seconds": 0.0}
-    begun = time.perf_counter() - state["seconds"]
+    scaler = torch.amp.GradScaler(args.device, enabled=False)
+    state, save = run.restore(args, folder, model, optimizer, scaler)
     with model.lora_off():
         base, base_pictures = graft.evaluate(model, rewards, held_out, args, "evaluate base")
     print(f"  base       {args.reward} {base[args.reward].mean():.3f} on the held-out prompts", flush=True)
@@ -208,14 +202,11 @@ clip {args.clip:g}, lr {args.lr:g}""")
                 for name, key in (("reward", args.reward), ("diversity", "diversity"))
             }
             run.save_grid(folder / "grid.png", base_pictures, shown, held_out, args.eval_samples)
-        state["seconds"] = time.perf_counter() - begun
         state["rows"].append(row)
-        state.update(
-            round=r + 1, lora={n: p.detach().cpu() for n, p in model.lora().items()}, optimizer=optimizer.state_dict()
-        )
+        state["round"] = r + 1
         model.save_lora(folder)
-        run.log(folder, state["rows"], r + 1, state["seconds"])
-        run.save_checkpoint(folder, state)
+        run.log(folder, state["rows"], r + 1, time.perf_counter() - state["begun"])
+        save()
         print("  " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     run.write_results(folder, base, state["tuned"], args.reward, state["seconds"])
 

@@ -332,7 +332,7 @@ TABLE = {
         ("root @ torch.cov(b.T)", "torch.cov(b.T)"),
     ],
     ("rewards.py", "image_embeddings", f"{MODELS} -k clip_scores"): [
-        ("torch.nn.functional.normalize(embeddings.float(), dim=1)", "embeddings.float()"),
+        ("F.normalize(embeddings.float(), dim=1)", "embeddings.float()"),
     ],
     ("rewards.py", "text_embeddings", f"{MODELS} -k clip_scores"): [
         (".pooler_output.float(), dim=1)", ".pooler_output.float(), dim=0)")

@@ -568,6 +568,10 @@ def compare_claims() -> list[str]:
         f"raises strict at 10 deterministic steps from {both['standard']} to {both['learnt']}. P-GRAFT's own stochastic sampler has "
         f"{mean_of('compare/pgraft')} there",
         f"(strict {at['graft']} against {at['ddpo']})",
+        f"holds: {mean_of('compare/ddpo_steady')} after {runs('compare/ddpo_steady')[0]['pictures']:,} pictures",
+        f"and ends at {mean_of('compare/graft_tuned')}, with cleaner drawing (`fit` {mean_of('compare/graft_tuned', 'shapes_fit')} against "
+        f"{mean_of('compare/ddpo_steady', 'shapes_fit')}) and less diversity ({mean_of('compare/graft_tuned', 'diversity')} against "
+        f"{mean_of('compare/ddpo_steady', 'diversity')})",
         f"was at {slow['reward']:.3f} after {slow['pictures']:,} pictures on validation prompts, the chosen ones at "
         f"{fast['reward']:.3f} after {fast['pictures']:,}",
     ]

@@ -202,7 +202,7 @@ EARLY = [  # found before anything is loaded
             "--reward_device cuda": "--reward_device cuda: no CUDA device found; use --reward_device cpu",
             "--reward_dtype int8": "--reward_dtype int8: must be one of float32",
             "--reward_device cpu --reward_dtype float16": "--reward_dtype float16 needs a CUDA device; on the CPU use",
-            "--reward_batch 0": "--reward_batch 0: must be at least 1",
+            "--reward_batch 0": "--reward_batch 0: must be between 1 and 1000000",
             "--model @/no_pipeline": "--model | no_pipeline: cannot be loaded | No such file | model_index.json | give the folder or hub id of a pipeline",
             "--model @/flux": "--model | flux: is a FluxPipeline; supported: StableDiffusionPipeline, StableDiffusionXLPipeline",
             "--model @/unnamed": "--model | unnamed: is a None; supported: StableDiffusionPipeline",

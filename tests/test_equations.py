@@ -180,6 +180,10 @@ def test_flat_groups_are_skipped():
     mask = accept(rewards, "preference", accept_flat=False, generator=seeded())
     assert mask.tolist() == [[False] * 4, [False, False, True, False], [False, False, True, False]]
     assert accept(rewards, "preference", generator=seeded()).view(-1, 2).sum(1).tolist() == [1] * 6
+    keys = torch.tensor([[1, 1, 1, 2]])  # the flat pair holds copies of what the other pair's best is
+    for seed in range(10):
+        mask = accept(torch.tensor([[5.0, 5, 4, 1]]), "preference", keys=keys, accept_flat=False, generator=seeded(seed))
+        assert mask.tolist() == [[False, False, True, False]]
     assert accept(rewards, "threshold", threshold=2.0, accept_flat=False, generator=seeded())[0].all()  # it ranks nothing
 
 

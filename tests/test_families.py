@@ -33,7 +33,7 @@ import graft
 import noise_ppo
 import pgraft
 from common import LORA_FILE, InputError, Model
-from rewards import read_switch, save_switch, stock_code
+from rewards import make_adamw, read_switch, save_switch, stock_code
 
 KINDS = ("xl", "sd3", "no_t5")
 
@@ -443,12 +443,12 @@ def test_8bit_optimizer(monkeypatch):
     parameters = [torch.nn.Parameter(torch.zeros(2))]
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # not installed
     with pytest.raises(InputError, match="--optimizer_8bit.*bitsandbytes"):
-        common.make_adamw(parameters, 1e-3, True)
-    assert type(common.make_adamw(parameters, 1e-3, False)) is torch.optim.AdamW
+        make_adamw(parameters, 1e-3, True)
+    assert type(make_adamw(parameters, 1e-3, False)) is torch.optim.AdamW
     optim = types.SimpleNamespace(AdamW8bit=lambda parameters, lr, weight_decay: ("8 bit", lr, weight_decay))
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
-    assert common.make_adamw(parameters, 1e-3, True) == ("8 bit", 1e-3, 0.0)
+    assert make_adamw(parameters, 1e-3, True) == ("8 bit", 1e-3, 0.0)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -456,7 +456,8 @@ def test_8bit_optimizer(monkeypatch):
 
 def test_another_pipeline_is_refused_before_anything_loads(monkeypatch, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    monkeypatch.setattr("common.hf_hub_download", lambda name, filename: str(tmp_path / filename))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, filename: str(tmp_path / filename))
     with pytest.raises(InputError, match="black/flux: is a FluxPipeline; supported: .*XLPipeline, StableDiffusion3Pipeline"):
         Model("black/flux", "cpu", torch.float32)
     monkeypatch.undo()

@@ -100,7 +100,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_refused_or_harmless(tmp_path):
         rewards.load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("code, used", [(errno.ENOLCK, True), (errno.EIO, False)])
+@pytest.mark.parametrize("code, used", [(errno.ENOLCK, True), (errno.ENOSYS, True), (errno.EIO, False)])
 def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capsys, code, used):
     """Of a file system that knows no locks it is used with a warning."""
 
@@ -113,6 +113,9 @@ def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capsys, code, use
         assert rewards.make_run_folder(args, "graft", "model", 0) == tmp_path
         assert "cannot be locked (No locks available)" in capsys.readouterr().err
     else:
+        with pytest.raises(OSError, match="No locks available"):
+            rewards.make_run_folder(args, "graft", "model", 0)
+        args.resume, args.output = "", str(tmp_path)
         with pytest.raises(InputError, match="cannot be written"):
             rewards.make_run_folder(args, "graft", "model", 0)
 

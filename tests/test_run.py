@@ -24,6 +24,7 @@ from conftest import (
 from PIL import Image
 from safetensors.torch import load_file
 
+import rewards
 from common import LORA_FILE, Model
 from rewards import save_panels
 
@@ -227,6 +228,17 @@ def test_resume_of_a_finished_run(uninterrupted, tmp_path):
     assert exit_code(["--resume", "run"], tmp_path) == 0
     assert_same_run(tmp_path / "run", uninterrupted)
     assert "import torch; from diffusers" in (tmp_path / "output.txt").read_text()
+
+
+def test_tensorboard_shows_every_row(tmp_path, monkeypatch):
+    """However fast they come, and after a resume those that were logged before it was stored."""
+    monkeypatch.setattr(rewards, "WRITER", [])
+    rows = [{"value": float(step)} for step in range(1, 31)]
+    for stop in (20, 30):
+        for step in range(max(1, stop - 12), stop + 1):
+            rewards.log(tmp_path, rows[:step], step, float(step))
+        rewards.WRITER.pop().close()  # as the next run does
+    assert read_scalars(tmp_path) == {"value": [(step, float(step)) for step in range(8, 31)]}
 
 
 # ---------------------------------------------------------------- rules and flags
