@@ -172,6 +172,23 @@ def shaped_target(x_s, noise, alpha_s, sigma_s, alpha_t, sigma_t, prediction_typ
     return a * x_s + b * noise, of_noise * noise + of_x_s * x_s, weight
 
 
+def unresolved_share(rewards):
+    """(V, its standard error) of equation (7). rewards: (prompts, states, restarts), at least two of each.
+
+    Numerator and denominator are unbiased (analysis of variance: the variance of the states' means contains 1 / restarts of
+    the variance within); the error is the jackknife's over prompts, infinite if rewards differ for one prompt only. (nan, nan) if none differs.
+    """
+    rewards = rewards.double()
+    within = rewards.var(2).mean(1)  # (prompts,)
+    total = rewards.mean(2).var(1) + within * (1 - 1 / rewards.shape[2])
+    if total.sum() <= 0:
+        return math.nan, math.nan
+    n, left_out = len(rewards), (within.sum() - within) / (total.sum() - total)
+    if not left_out.isfinite().all():
+        return (within.sum() / total.sum()).item(), math.inf
+    return (within.sum() / total.sum()).item(), ((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt().item()
+
+
 def switch_step(timesteps, switch_timestep):
     """How many steps the tuned model takes: those that start above the switch, the base model the others. timesteps: falling."""
     return sum(t > switch_timestep for t in timesteps)
@@ -265,7 +282,7 @@ def probe(model, reward, prompts, args):
                 rewards[k, j, part] = reward(model.decode(x_0, "probe"), asked[part])
     rows = []
     for step, values in zip(steps, rewards.view(len(steps), args.probe_restarts, -1, 2)):  # (restarts, prompts, states)
-        share, se = run.unresolved_share(values.permute(1, 2, 0))
+        share, se = unresolved_share(values.permute(1, 2, 0))
         level = {"step": step, "timestep": levels[step], "switch": levels[step] / model.train_timesteps}
         rows.append(level | {"unresolved": share, "se": se})
     return rows
@@ -302,9 +319,13 @@ def main(args):
     prompts, held_out, rewards = run.read_task(args)  # rewards[0] is optimised, all are reported
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
     grid = model.timesteps(args.steps)
-    if args.evaluate:
-        return evaluate_run(args, model, grid, held_out, rewards)
     switch = None if args.switch == "auto" else float(args.switch) * model.train_timesteps  # a timestep; None: the probe says
+    if args.evaluate:  # no training, any number of steps
+        level = switch or run.read_switch(args.evaluate, "the level with --switch", model)
+        at = switch_step(grid, level)
+        return run.evaluate_saved(
+            args, model, held_out, level, at, lambda *how: evaluate(model, rewards, held_out, args, at, *how)
+        )
     if switch is not None and not 0 < switch_step(grid, switch) < args.steps:
         low, high = (f"{t / model.train_timesteps:g}" for t in (grid[-1], grid[0]))
         raise InputError(f"--switch {args.switch}: with --steps {args.steps} it must be at least {low} and below {high}")
@@ -422,28 +443,6 @@ def main(args):
     files = "LoRA, pgraft.json, results.json, metrics.csv, grid.png, curves.png"
     print(f"\n{state['seconds']:.0f} s. In {folder}: {files}. To use it:\n")
     print(run.pgraft_code(model, folder, None, held_out[0], args))
-
-
-def evaluate_run(args, model, grid, held_out, rewards):
-    """--evaluate: base and tuned on the held-out prompts, at any number of steps, without training."""
-    begun = time.perf_counter()
-    given = None if args.switch == "auto" else float(args.switch) * model.train_timesteps
-    switch = given or run.read_switch(args.evaluate, "the level with --switch", model)
-    switch_at = switch_step(grid, switch)
-    if switch_at == 0:
-        raise InputError(f"--steps {args.steps}: no step starts above the switch, timestep {switch:g}; give more")
-    model.load_lora(args.evaluate)
-    model.remember(["", *held_out])
-    folder = run.make_run_folder(args, "pgraft_evaluate", args.model, args.seed)
-    print(f"P-GRAFT, evaluation of {args.evaluate} -> {folder}")
-    print(f"  tuned model for {switch_at} of {args.steps} steps, base model from timestep {switch:g} on", flush=True)
-    base, base_pictures = evaluate(model, rewards, held_out, args, switch_at, False, "evaluate base")
-    tuned, pictures = evaluate(model, rewards, held_out, args, switch_at, True, "evaluate tuned")
-    run.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
-    seconds, where = time.perf_counter() - begun, {"steps": args.steps, "switch_at": switch_at, "switch_timestep": switch}
-    run.write_results(folder, base, tuned, args.reward, seconds, **where)
-    print(f"\n{seconds:.0f} s. In {folder}: results.json, grid.png. To use the LoRA:\n")
-    print(run.pgraft_code(model, args.evaluate, given, held_out[0], args))
 
 
 if __name__ == "__main__":

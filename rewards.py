@@ -1,5 +1,5 @@
 """Rewards, and what surrounds a method: all that needs neither its model nor its loss, a few of its formulas included (equations (2),
-(3) of graft.py, (7) of pgraft.py). In this order:
+(3) of graft.py). In this order:
 
     rewards of a picture; rewards that are models; the language of --reward; statistics of pictures; the Frechet distance;
     what an acceptance rule makes of the rewards; the command line; which settings go together; prompts; the run folder and its
@@ -1185,23 +1185,6 @@ def stock_call(model, prompt: str, args, more: str = "") -> str:
 # ---------------------------------------------------------------- of pgraft.py: the probe, the switch
 
 
-def unresolved_share(rewards):
-    """(V, its standard error) of equation (7) of pgraft.py. rewards: (prompts, states, restarts), at least two of each.
-
-    Numerator and denominator are unbiased (analysis of variance: the variance of the states' means contains 1 / restarts of
-    the variance within); the error is the jackknife's over prompts, infinite if rewards differ for one prompt only. (nan, nan) if none differs.
-    """
-    rewards = rewards.double()
-    within = rewards.var(2).mean(1)  # (prompts,)
-    total = rewards.mean(2).var(1) + within * (1 - 1 / rewards.shape[2])
-    if total.sum() <= 0:
-        return math.nan, math.nan
-    n, left_out = len(rewards), (within.sum() - within) / (total.sum() - total)
-    if not left_out.isfinite().all():
-        return (within.sum() / total.sum()).item(), math.inf
-    return (within.sum() / total.sum()).item(), ((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt().item()
-
-
 def recommend(rows: list[dict], limit: float) -> tuple[float, str]:
     """(timestep of the recommended switch, the reason): the noisiest level with V(t) + its standard error <= limit."""
     if all(math.isnan(row["unresolved"]) for row in rows):
@@ -1276,6 +1259,26 @@ def stock_switch(level: str) -> str:
     return kwargs
 
 pipe.enable_lora()  # before every call: the last one has switched it off"""
+
+
+def evaluate_saved(args, model, held_out: list[str], switch: float, switch_at: int, evaluate) -> None:
+    """pgraft.py --evaluate: base and tuned model on the held-out prompts, the LoRA in that folder on for the first `switch_at` steps.
+    switch: the timestep; evaluate: (tuned, label) -> ({metric: (prompts,)}, pictures)."""
+    begun = time.perf_counter()
+    if switch_at == 0:
+        raise InputError(f"--steps {args.steps}: no step starts above the switch, timestep {switch:g}; give more")
+    model.load_lora(args.evaluate)
+    model.remember(["", *held_out])
+    folder = make_run_folder(args, "pgraft_evaluate", args.model, args.seed)
+    print(f"P-GRAFT, evaluation of {args.evaluate} -> {folder}")
+    print(f"  tuned model for {switch_at} of {args.steps} steps, base model from timestep {switch:g} on", flush=True)
+    base, base_pictures = evaluate(False, "evaluate base")
+    tuned, pictures = evaluate(True, "evaluate tuned")
+    save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
+    seconds, where = time.perf_counter() - begun, {"steps": args.steps, "switch_at": switch_at, "switch_timestep": switch}
+    write_results(folder, base, tuned, args.reward, seconds, **where)
+    print(f"\n{seconds:.0f} s. In {folder}: results.json, grid.png. To use the LoRA:\n")
+    print(pgraft_code(model, args.evaluate, None if args.switch == "auto" else switch, held_out[0], args))
 
 
 def pgraft_code(model, weights: str | Path, switch: float | None, prompt: str, args) -> str:

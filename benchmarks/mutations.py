@@ -153,7 +153,7 @@ TABLE = {
         ("(b / sigma_t) ** 2", "(sigma_t / b) ** 2"),
     ],
     ("pgraft.py", "denoising_loss", f"{PGRAFT} -k test_loss"): [("(weight * (", "(1.0 * (")],
-    ("rewards.py", "unresolved_share", f"{PGRAFT} -k 'unresolved_share or jackknife'"): [
+    ("pgraft.py", "unresolved_share", f"{PGRAFT} -k 'unresolved_share or jackknife'"): [
         ("(1 - 1 / rewards.shape[2])", "1"),
         ("rewards.mean(2).var(1)", "rewards.mean(2).var(1, correction=0)"),
         ("rewards.var(2).mean(1)", "rewards.var(2, correction=0).mean(1)"),

@@ -42,8 +42,8 @@ import common
 import graft
 import pgraft
 from common import LORA_FILE, InputError, Model, derived_seed
-from pgraft import denoise, sample, shaped_target, switch_step
-from rewards import Reward, paired_table, recommend, schedule_prompts, unresolved_share
+from pgraft import denoise, sample, shaped_target, switch_step, unresolved_share
+from rewards import Reward, paired_table, recommend, schedule_prompts
 
 COPIES = "accept _rank guided_prediction"
 
