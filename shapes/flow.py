@@ -50,6 +50,8 @@ class Flow:
 
     def velocity(self, x, sigma):
         """v(x, sigma). x: (batch, ...), sigma: (batch,) from 1 (noise) to 0 (picture)."""
+        if not len(x):  # no picture of a batch could be inverted; a transformer cannot take none
+            return x
         return predict(self.network, x, sigma * self.scheduler.config.num_train_timesteps)
 
     def grid(self, steps, power):

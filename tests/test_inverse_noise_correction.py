@@ -889,6 +889,14 @@ def test_other_ways_to_run(arguments, finished, tmp_path, monkeypatch, flags):
         assert before["floor"] != after["floor"] and before["scale"] != after["scale"]
 
 
+def test_a_batch_of_which_none_is_inverted_stops_the_run(tmp_path, monkeypatch):
+    """Of the embedded transformer, which cannot be called with no picture."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--device cpu --pictures 40 --sample_batch 20 --max_iterations 2 --tolerance 1e-6 --output run"
+    code, _, error = run_inside(flags.split(), SCRIPT)
+    assert_one_line(code, error.split("\r")[-1].lstrip(), "20 of the first 20 pictures could not be inverted")
+
+
 def test_too_many_failures_stop_the_run(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, error = run_inside([*arguments, *"--max_iterations 1 --tolerance 1e-6 --output run".split()], SCRIPT)
