@@ -252,7 +252,7 @@ class Corrector:
 def invert_pictures(flow, pictures, sigmas, args, folder):
     """Equation (2) for all pictures, a file in folder/inversion per batch. Returns (noises of the converged (n, *shape), report)."""
     (folder / "inversion").mkdir(exist_ok=True)
-    parts = []
+    parts, failed = [], 0
     for i in tqdm(range(0, len(pictures), args.sample_batch), desc="invert", unit="batch", leave=False, mininterval=1):
         part = run.load_checkpoint(folder, f"inversion/{i:06d}.pt")
         if not part:
@@ -266,7 +266,8 @@ def invert_pictures(flow, pictures, sigmas, args, folder):
             part = {k: v.cpu().contiguous() for k, v in part.items()}
             run.save_checkpoint(folder, part, f"inversion/{i:06d}.pt")
         parts.append(part)
-        run.check_inverted(parts, args.max_failed * len(pictures))
+        failed += part["counts"][0].item() - len(part["noise"])
+        run.check_inverted(parts, failed, args.max_failed * len(pictures))
     return torch.cat([part["noise"] for part in parts]), run.inversion_report(parts)
 
 
@@ -299,8 +300,7 @@ def train_corrector(corrector, held, learnt_from, args, state, save):
         value, recent = held_out(), state["losses"][state["rows"][-1]["update"] :]
         if value < state["best"]:
             state.update(best=value, final=copy.deepcopy(network.state_dict()))
-        row = {"update": update, "loss": sum(recent) / len(recent), "held_out": value}
-        state["rows"].append(state["rows"][0] | row)
+        state["rows"].append(state["rows"][0] | {"update": update, "loss": sum(recent) / len(recent), "held_out": value})
         save()
     network.load_state_dict(state["final"])
     return flops

@@ -416,9 +416,8 @@ def main(args):
         with torch.no_grad():
             mean, log_std = policy(states)
             log_ratio = log_prob(z, mean, log_std, "sum") - log_prob(z, old_mean, old_log_std, "sum")  # (n,) nats
-        row |= run.policy_statistics(mean, log_std, log_ratio, kl_to_standard_normal(mean, log_std)) | {
-            "reward_held_out": math.nan
-        }
+        row |= run.policy_statistics(mean, log_std, log_ratio, kl_to_standard_normal(mean, log_std))
+        row["reward_held_out"] = math.nan
         if it + 1 == args.iterations or args.eval_every and (it + 1) % args.eval_every == 0:
             with torch.no_grad():
                 law = policy(read(model, held_out))
@@ -438,9 +437,8 @@ def main(args):
     run.write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
     run.show_steps(folder, state["rows"], results, pictures, held_out, args)
     files = "the policy, results.json, metrics.csv, gain.png, grid.png, curves.png"
-    print(
-        f"\n{results['seconds']:.0f} s. In {folder}: {files}.\nTo use it (of this repository only noise_ppo.py is needed):\n"
-    )
+    print(f"\n{results['seconds']:.0f} s. In {folder}: {files}.")
+    print("To use it (of this repository only noise_ppo.py is needed):\n")
     print(run.noise_code(model, folder, held_out[0], args))
 
 

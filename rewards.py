@@ -871,6 +871,8 @@ def make_run_folder(args, script: str, model: str, seed: int) -> Path:
     makes the next folder, no other process can have it: InputError."""
     named = f"runs/{script}__{Path(model).name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.resume or args.output or named)
+    while WRITER:
+        WRITER.pop().close()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder, "--resume" if args.resume else "--output")
@@ -888,8 +890,6 @@ def lock(folder: Path, flag: str) -> None:
     """Keep other processes from running in `folder`; the system ends that with the process, even a killed one."""
     while HELD:
         HELD.pop().release()
-    while WRITER:
-        WRITER.pop().close()
     HELD.append(filelock.FileLock(folder / LOCK, fallback_to_soft=False))  # a file alone would outlive a killed process
     try:
         HELD[0].acquire(timeout=0)
@@ -1479,13 +1479,13 @@ at most {args.max_iterations} iterations a step
   evaluation {args.eval_pictures} pictures a row against {len(pictures["reference"])}, Frechet distance on the features {args.features!r}"""
 
 
-def check_inverted(parts: list[dict], most: float) -> None:
-    """InputError if more than `most` pictures of the batches that inverse_noise_correction.py keeps could not be inverted."""
-    tried, inverted = (sum(numbers) for numbers in zip(*((part["counts"][0].item(), len(part["noise"])) for part in parts)))
-    if tried - inverted > most:
+def check_inverted(parts: list[dict], failed: int, most: float) -> None:
+    """InputError if more than `most` pictures failed, of the batches that inverse_noise_correction.py has inverted so far."""
+    if failed > most:
+        tried = sum(part["counts"][0].item() for part in parts)
         worst = ", ".join(f"{c:.2f}" for c in torch.stack([part["contraction"] for part in parts]).nanmean(0))
         raise InputError(
-            f"{tried - inverted} of the first {tried} pictures could not be inverted (median contraction of the steps {worst}; the "
+            f"{failed} of the first {tried} pictures could not be inverted (median contraction of the steps {worst}; the "
             "smaller the better, with --memory 0 below 1): use more --steps, more --data_noise, a --grid_power above 1 or more "
             "--max_iterations"
         )
@@ -1493,11 +1493,12 @@ def check_inverted(parts: list[dict], most: float) -> None:
 
 def inversion_report(parts: list[dict]) -> dict:
     """What was inverted, for results.json, from the batches that inverse_noise_correction.py keeps. InputError if too little was."""
-    joined = {name: torch.cat([part[name] for part in parts]) for name in ("noise", "error", "residual")}
     pictures, calls = (sum(part["counts"][i].item() for part in parts) for i in (0, 1))
-    if len(joined["noise"]) < 20:
-        raise InputError(f"only {len(joined['noise'])} pictures could be inverted: give more")
-    report = {"pictures": pictures, "left_out": pictures - len(joined["noise"]), "calls": calls}
+    inverted = sum(len(part["noise"]) for part in parts)
+    if inverted < 20:
+        raise InputError(f"only {inverted} pictures could be inverted: give more")
+    joined = {name: torch.cat([part[name] for part in parts]) for name in ("error", "residual")}
+    report = {"pictures": pictures, "left_out": pictures - inverted, "calls": calls}
     report |= {"largest_residual": joined["residual"].max().item(), "round_trip_error": joined["error"].mean().item()}
     report["largest_round_trip_error"] = joined["error"].max().item()
     report["iterations"] = torch.stack([part["iterations"] for part in parts]).double().mean(0).tolist()
