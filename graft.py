@@ -1,160 +1,287 @@
-"""GRAFT (generalised rejection sampling fine-tuning): sample, score, accept by a rule, fine-tune on what was accepted.
-Paper: "Fine-Tuning Diffusion Models via Intermediate Distribution Shaping", arXiv 2510.02692.   Run: python graft.py
+"""GRAFT (generalised rejection sampling fine-tuning): sample, score, accept by a rule, fine-tune.
 
-Notation  x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 + sigma_t^2 = 1 (of a flow, as SD 3: alpha_t + sigma_t = 1); c the prompt;
-          p the model that is sampled; r(x, c) the reward; M samples a prompt, of which a rule accepts some: sample i with
-          probability A(x_i), non-decreasing in r.
-Equations (1) accepted samples follow  argmax_q  E_q[rhat] - KL(q || p)  with  rhat(x) = log E[A | X = x]: the rule is the regulariser
-          (2) K best of M:  rhat = log sum_{j<K} C(M-1, j) U^(M-1-j) (1-U)^j,  U = P(r(X') <= r(x)), X' ~ p, ties broken at random
-          (3) KL(accepted || p) = integral_0^1 f log f du,  f = (M/K) exp(rhat);  K = 1: log M - (M-1)/M;  better of a pair: M = 2
-          (4) loss  E |prediction(x_t, t, c) - target|^2,  target eps, or v = alpha_t eps - sigma_t x_0;  of a flow eps - x_0
-          (5) step to the next level ('): x' = alpha' x_0 + sqrt(sigma'^2 - std^2) eps + std w,  x_0 and eps as predicted,  w ~ N(0, I),
-              std = eta sigma' / sigma sqrt(sigma^2 - (alpha sigma' / alpha')^2):  DDIM; of a flow eta 0 is Euler's step
-Choices that the paper leaves open: a LoRA is tuned; groups in which no reward differs are skipped by the rules that rank;
-with --guidance > 1 the loss is on the guided prediction, because that is what samples (README, "Guidance").
+Paper: "Fine-Tuning Diffusion Models via Intermediate Distribution Shaping", arXiv 2510.02692.
+Run: python graft.py
+
+Notation
+    x_t = alpha_t x_0 + sigma_t eps:  alpha_t^2 + sigma_t^2 = 1;  for a flow (SD 3)  alpha_t + sigma_t = 1
+    c the prompt; p the model that is sampled; r(x, c) the reward
+    M samples x_i a prompt; a rule accepts x_i with probability A_i, which does not decrease with r(x_i, c)
+    and may depend on the other samples; X and A: one sample and its acceptance probability
+Equations
+    (1) accepted samples follow  argmax_q  E_q[rhat] - KL(q || p),  rhat(x) = log E[A | X = x].
+        No KL weight is set: the rule itself decides how far q moves from p
+    (2) K best of M:  rhat = log sum_{j<K} C(M-1, j) U^(M-1-j) (1-U)^j,  U = P(r(X') <= r(x)),  X' ~ p,
+        ties broken at random
+    (3) KL(accepted || p) = integral_0^1 f log f du,  f = (M/K) exp(rhat);
+        K = 1: log M - (M-1)/M;  better of a pair: M = 2
+    (4) loss  E |prediction(x_t, t, c) - target|^2,
+        target eps, or v = alpha_t eps - sigma_t x_0, or of a flow eps - x_0
+    (5) step to the next level ('):  x' = alpha' x_0 + sqrt(sigma'^2 - std^2) eps + std w,
+        std = eta sigma' / sigma sqrt(sigma^2 - (alpha sigma' / alpha')^2),  w ~ N(0, I),
+        x_0 and eps as predicted. This is DDIM; for a flow with eta 0 it is Euler's step
+Choices that the paper leaves open
+    A LoRA is tuned; it and AdamW's state go on from round to round. Rules that rank skip groups whose rewards
+    are all equal; where that happens, (2) and (3) no longer hold exactly. By default later rounds sample the
+    tuned model (--reference) and train on what all rounds accepted (--accumulate). With --guidance > 1 the
+    loss is on the guided prediction, because that is what samples (docs/models.md, "Guidance").
 """
 
 import math
 import time
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from tqdm import tqdm
 
-import rewards as run  # rewards.py: besides the rewards, arguments, run folder, tables, pictures
-from common import DTYPES, ROOT, InputError, Model, derived_seed, draw_noise
-from rewards import average_hash, diversity, image_statistics, score
+from common import (
+    DTYPES,
+    EMBEDDED,
+    Device,
+    Dtype,
+    Model,
+    by_family,
+    check_device,
+    check_finite,
+    derived_seed,
+    draw_noise,
+    schedule_prompts,
+    stock_call,
+    stock_code,
+    with_family_defaults,
+)
+from rewards import diversity, image_statistics, read_rewards, score
+from utils.figures import GRID_IMAGES, save_curves, save_grid, shrink
+from utils.prompts import TRAIN_PROMPTS, read_prompt_sets
+from utils.runs import (
+    InputError,
+    check_output,
+    check_range,
+    log_metrics,
+    make_run_folder,
+    restore,
+    run_script,
+    save_accepted,
+    write_results,
+)
 
-# equations (2) and (3), which the reports of P-GRAFT need too
-reshaped_reward, implied_kl = run.reshaped_reward, run.implied_kl
+Rule = Literal["topk", "preference", "exponential", "threshold", "none"]
+RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
 
 
 @dataclass
 class Args:
     """GRAFT: sample, score, accept by a rule, fine-tune a LoRA on what was accepted."""
 
-    seed: int = 0  # seed of the training run; evaluation pictures do not depend on it
+    seed: int = 0  # seed of the training run; evaluation images do not depend on it
     output: str = ""  # run folder; left out: runs/<script>__<model>__<seed>__<time>
     resume: str = ""  # run folder to continue; every other argument is taken from it
-    device: str = "auto"  # auto (CUDA if there is one), cpu or cuda
-    dtype: str = "float32"  # precision of the frozen model: float32, bfloat16 or float16; the LoRA is always float32
+    device: Device = "auto"  # auto: CUDA if there is one
+    dtype: Dtype = "float32"  # precision of the frozen model; the LoRA is always float32
 
-    model: str = str(ROOT / "shapes" / "pipeline")  # folder or hub id of a Stable Diffusion 1.x, 2.x, XL or 3.x pipeline
-    t5: bool = True  # SD 3: load its third text encoder; --no-t5: 10 GB less, long prompts are read less well
-    prompts: str = str(ROOT / "shapes" / "prompts_train.txt")  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
-    eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts, then not trained on
-    eval_samples: int = 4  # pictures per held-out prompt
+    model: str = EMBEDDED  # folder or hub id of a Stable Diffusion 1.x, 2.x, XL or 3.x pipeline
+    t5: bool = True  # SD 3: load the third text encoder, 10 GB, which reads long prompts better
+    prompts: str = TRAIN_PROMPTS  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
+    eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts
+    eval_samples: int = 4  # images per held-out prompt
     eval_every: int = 1  # rounds between evaluations; 0: only before and after
 
-    steps: int | None = None  # steps of the sampler (10; other models 50; SD 3 28)
-    guidance: float | None = None  # classifier-free guidance scale, 1 is none (1; other models 7.5; SD XL 5, SD 3 7)
-    eta: float | None = None  # 0 deterministic, 1 as random as DDPM (1; SD 3 0, the stock sampler)
-    sample_batch: int | None = None  # pictures sampled at a time; no picture depends on it (64; others 8; SD XL, SD 3 4)
+    steps: Annotated[int | None, by_family("steps")] = None  # steps of the sampler
+    guidance: Annotated[float | None, by_family("guidance")] = None  # classifier-free guidance; 1: none
+    eta: Annotated[float | None, by_family("eta")] = None  # 0: deterministic; 1: as random as DDPM
+    sample_batch: Annotated[int | None, by_family("sample_batch")] = None  # images sampled at a time
 
-    reward: str = "shapes_strict"  # to maximise: a name of rewards.py, path/to/file.py:function, or "0.7*one+0.3*other"
-    eval_rewards: str | None = None  # rewards reported too, separated by commas (the shapes ones and JPEG; others JPEG)
-    reward_device: str = "auto"  # of rewards that are models: auto (CUDA if there is one), cpu or cuda
-    reward_dtype: str = "float32"  # their precision: float32, bfloat16 or float16
-    reward_batch: int = 16  # pictures that they judge at a time
+    reward: str = "shapes_strict"  # to maximise: a name of rewards.py, file.py:function, or 0.7*one+0.3*other
+    eval_rewards: Annotated[str | None, by_family("eval_rewards")] = None  # further ones to report: a,b
+    reward_device: Device = "auto"  # of rewards that are models
+    reward_dtype: Dtype = "float32"  # their precision
+    reward_batch: int = 16  # images that they score at a time
 
     rounds: int = 3  # times to sample, accept and update
     prompts_per_round: int = 160  # prompts sampled in a round, none twice
     samples: int = 8  # M, samples per prompt
-    rule: str = "topk"  # acceptance: topk, preference, exponential, threshold or none (the control)
+    rule: Rule = "topk"  # which samples are accepted; none: all of them, the control
     top_k: int = 1  # K of the rule topk
     threshold: float | None = None  # least accepted reward of the rule threshold
     beta: float | None = None  # temperature of the rule exponential, in units of the reward
-    reward_max: float | None = None  # known upper bound of the reward for exponential; left out: the best of each prompt
-    dedup: bool = False  # keep one of the accepted pictures of a prompt that have the same 8 x 8 average hash
-    accept_flat: bool = False  # do not skip groups whose rewards are all equal (rules topk and preference)
-    accumulate: bool = True  # train on what all rounds accepted; --no-accumulate: on the newest round's
-    reference: str = "newest"  # the model that later rounds sample: newest or base
+    reward_max: float | None = None  # upper bound of the reward for exponential; None: each prompt's best
+    accumulate: bool = True  # train on what all rounds accepted, not only on the newest round's
+    reference: Literal["newest", "base"] = "newest"  # the model that rounds after the first sample
 
     lora_rank: int = 16  # rank of the LoRA
     lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
-    lora_targets: str | None = None  # attention, all (linear and convolution), or layer names (all; others attention)
+    lora_targets: Annotated[str | None, by_family("lora_targets")] = None  # attention, all or layer names
     updates: int = 60  # optimiser updates per round
-    batch: int = 64  # pictures per update
-    micro_batch: int | None = None  # pictures per backward pass, accumulated to --batch (64; others 2; SD XL, SD 3 1)
-    lr: float | None = None  # AdamW learning rate (1e-3; other models 1e-4)
+    batch: int = 64  # images per update
+    micro_batch: Annotated[int | None, by_family("micro_batch")] = None  # images per backward pass
+    lr: Annotated[float | None, by_family("lr")] = None  # AdamW learning rate
     prompt_dropout: float = 0.0  # share of training prompts replaced by the empty one
-    guided_loss: bool = True  # with guidance > 1, train the guided prediction; --no-guided_loss: the conditional one
+    guided_loss: bool = True  # with guidance > 1: train the guided prediction, not the conditional one
     gradient_checkpointing: bool = False  # less memory, about a third slower
-    optimizer_8bit: bool = False  # AdamW of the package bitsandbytes, with its state in 8 bits
-    save_accepted: bool = False  # write accepted pictures to <run>/accepted with metadata.jsonl (imagefolder)
-    sample_only: bool = False  # stop after the first round's accepted pictures are written: another trainer goes on
-    shard: str = ""  # with --sample_only: i/n, only every n-th prompt of the round from the i-th on; together n runs are one
+    save_accepted: bool = False  # write accepted images to <run>/accepted with metadata.jsonl (imagefolder)
+    sample_only: bool = False  # stop after writing the first round's accepted images: another trainer goes on
+    shard: str = ""  # with --sample_only: i/n, every n-th prompt from the i-th on; n such runs make one round
+
+    def __post_init__(self):
+        """InputError for a value out of range, or for settings that do not go together."""
+        check_range(self, "seed", 0, 2**63 - 1)
+        check_range(self, "eval_samples", 2, 10**4)
+        check_range(self, "eval_every", 0, 10**9)
+        check_range(self, "steps", 1, 999)
+        check_range(self, "guidance", 1, 10**6)
+        check_range(self, "eta", 0, 1)
+        check_range(self, "sample_batch", 1, 10**6)
+        check_range(self, "reward_batch", 1, 10**6)
+        check_range(self, "rounds", 1, 10**4)
+        check_range(self, "prompts_per_round", 1, 10**6)
+        check_range(self, "samples", 1, 10**4)
+        check_range(self, "top_k", 1, self.samples)
+        check_range(self, "lora_rank", 1, 1024)
+        check_range(self, "lora_alpha", 1e-6, 1e6)
+        check_range(self, "updates", 1, 10**6)
+        check_range(self, "batch", 1, 10**6)
+        check_range(self, "micro_batch", 1, 10**6)
+        check_range(self, "lr", 1e-12, 1)
+        check_range(self, "prompt_dropout", 0, 0.99)
+        check_rule(self)
+        if self.micro_batch and self.batch % min(self.micro_batch, self.batch):
+            raise InputError(f"--micro_batch {self.micro_batch}: must divide --batch {self.batch}")
+        if self.shard and not (self.sample_only and shard_rows(self.shard)):
+            raise InputError(
+                f"--shard {self.shard}: give --sample_only and i/n with i from 1 to n, as in 2/4"
+            )
+
+
+def check_rule(args):
+    """InputError if --rule lacks its parameter or is given another rule's,
+    or if the samples do not divide."""
+    rules = {"top_k": "topk", "threshold": "threshold", "beta": "exponential", "reward_max": "exponential"}
+    for name, rule in rules.items():
+        value = getattr(args, name)
+        if args.rule != rule and value != getattr(type(args), name):
+            raise InputError(
+                f"--{name} {value}: works only with --rule {rule}, not {args.rule}; leave out one of the two"
+            )
+        if not math.isfinite(value or 0):
+            raise InputError(f"--{name} {value}: must be a finite number")
+    if args.rule == "threshold" and args.threshold is None:
+        raise InputError("--rule threshold needs --threshold, the least reward to accept")
+    if args.rule == "exponential" and not (args.beta or 0) > 0:
+        raise InputError("--rule exponential needs --beta above 0, in units of the reward")
+    if args.rule == "topk" and args.samples == 1:
+        raise InputError("--samples 1: leaves nothing to choose from; give at least 2, or another --rule")
+    if args.rule == "preference" and args.samples % 2:
+        raise InputError(f"--samples {args.samples}: must be even for --rule preference")
+
+
+def shard_rows(text):
+    """The rows of a round that shard "i/n" samples, as a slice; of "" all; None for anything else."""
+    i, slash, n = (text or "1/1").partition("/")
+    if slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n):
+        return slice(int(i) - 1, None, int(n))
 
 
 # ================================================================ equations: tensors in, tensors out
 
 
-def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, accept_flat=True, keys=None, generator=None):
+def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, generator=None):
     """Which samples a rule accepts. rewards: (prompts, samples) -> bool mask of the same shape.
 
-    "topk": the top_k best of each row. "preference": the better of each consecutive pair. Both break ties at random; without
-    `accept_flat` they accept nothing of a row or pair whose rewards are all equal, nor are these duplicates of others.
-    "exponential": each with probability exp((r - reward_max) / beta); reward_max is the reward's known upper bound, without
-    one the row's maximum. "threshold": r >= threshold. "none": all. keys: integer ids, same shape; of the accepted samples of
-    a row that share a key one is kept (the best; ties at random). ValueError for a rule without its parameter.
-    Source: arXiv 2510.02692, generalised rejection sampling; equations (1) and (2).
+    "topk": the top_k best of each row. "preference": the better of each consecutive pair. Both break ties at
+    random. Rows (pairs) whose rewards are all equal are skipped. "exponential": each with probability exp((r
+    - reward_max) / beta); reward_max is the reward's known upper bound, without one the row's maximum.
+    "threshold": r >= threshold. "none": all. ValueError for a rule without its parameter. Source: arXiv
+    2510.02692, generalised rejection sampling; equations (1) and (2).
     """
     samples = rewards.shape[1]
-    chance = torch.rand(rewards.shape, generator=generator).to(rewards.device)  # breaks ties, and is exponential's coin
-    if rule in ("topk", "preference"):
+    # breaks ties; tosses the coin of exponential
+    chance = torch.rand(rewards.shape, generator=generator).to(rewards.device)
+    if rule in RANKING:
         size, best = (samples, top_k) if rule == "topk" else (2, 1)  # the best of every `size` samples
         if samples % size or not 1 <= best <= size:
             raise ValueError(f"{rule} cannot take the {best} best of {size} from {samples} samples")
         groups = rewards.reshape(-1, size)  # (groups, size)
         mask = _rank(groups, chance.reshape(-1, size)) < best
-        mask = (mask & ((groups != groups[:, :1]).any(1, keepdim=True) | accept_flat)).reshape(rewards.shape)
-    elif rule == "exponential":
+        return (mask & (groups != groups[:, :1]).any(1, keepdim=True)).reshape(rewards.shape)
+    if rule == "exponential":
         if beta is None or beta <= 0:
             raise ValueError("exponential needs beta > 0")
         bound = rewards.max(1, keepdim=True).values if reward_max is None else reward_max
-        mask = chance < ((rewards - bound) / beta).exp()
-    elif rule == "threshold":
+        return chance < ((rewards - bound) / beta).exp()
+    if rule == "threshold":
         if threshold is None:
             raise ValueError("threshold needs threshold")
-        mask = rewards >= threshold
-    elif rule == "none":
-        mask = torch.ones_like(rewards, dtype=torch.bool)
-    else:
-        raise ValueError(f"rule {rule!r} must be topk, preference, exponential, threshold or none")
-    if keys is not None:
-        rank = _rank(rewards, torch.rand(rewards.shape, generator=generator).to(rewards.device))
-        same = keys[:, :, None] == keys[:, None, :]  # (prompts, samples, samples)
-        # [p, i, j]: j is accepted, has i's key and ranks before i
-        better = mask[:, None, :] & same & (rank[:, None, :] < rank[:, :, None])
-        mask = mask & ~better.any(2)
-    return mask
+        return rewards >= threshold
+    if rule == "none":
+        return torch.ones_like(rewards, dtype=torch.bool)
+    raise ValueError(f"rule {rule!r} must be topk, preference, exponential, threshold or none")
 
 
 def _rank(rewards, chance):
-    """Place of each entry in its row, 0 the largest; ties in the order of `chance`. (rows, n) -> integer (rows, n)."""
+    """Place of each entry in its row, 0 the largest; ties in the order of `chance`.
+    (rows, n) -> integer (rows, n)."""
     order = chance.argsort(1)
     order = order.gather(1, torch.argsort(rewards.gather(1, order), dim=1, descending=True, stable=True))
     return order.argsort(1)
 
 
+def reshaped_reward(quantile, num_samples, top_k):
+    """rhat of "the top_k best of num_samples" at quantile U in [0, 1], any shape. Equation (2)."""
+    u = torch.as_tensor(quantile, dtype=torch.float64)
+    terms = [math.comb(num_samples - 1, j) * u ** (num_samples - 1 - j) * (1 - u) ** j for j in range(top_k)]
+    return torch.stack(terms).sum(0).log()
+
+
+def implied_kl(num_samples, top_k):
+    """KL(accepted || sampled) in nats of "the top_k best of num_samples", for a reward without ties.
+    Equation (3)."""
+    if top_k == 1:
+        return math.log(num_samples) - (num_samples - 1) / num_samples
+    nodes = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    density = num_samples / top_k * reshaped_reward(nodes, num_samples, top_k).exp()
+    return torch.xlogy(density, density).mean().item()
+
+
+def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None):
+    """KL(accepted || sampled) in nats of a rule on rewards (prompts, samples).
+
+    topk and preference: equation (3), which is exact if no rewards tie. Others: from the acceptance
+    probabilities of each prompt's samples, so at most log(samples): the mean over the prompts that can
+    accept, NaN if none can.
+    """
+    if rule in RANKING:
+        return implied_kl(rewards.shape[1], top_k) if rule == "topk" else implied_kl(2, 1)
+    if rule == "none":
+        return 0.0
+    if rule == "threshold":
+        chance = (rewards >= threshold).double()
+    else:
+        chance = ((rewards - rewards.max(1, True).values) / beta).double().exp()
+    weight = (chance / chance.mean(1, keepdim=True))[chance.sum(1) > 0]
+    return torch.xlogy(weight, weight).mean().item() if len(weight) else math.nan
+
+
 def training_target(x_0, noise, alpha_t, sigma_t, prediction_type):
-    """(x_t, target) of the denoising loss, equation (4). x_0, noise: (batch, ...); alpha_t, sigma_t: (batch,).
-    prediction_type: "epsilon", "v_prediction" or "flow"."""
+    """(x_t, target) of the denoising loss, equation (4). x_0, noise: (batch, ...); alpha_t, sigma_t:
+    (batch,). prediction_type: "epsilon", "v_prediction" or "flow"."""
     alpha_t, sigma_t = (level.view(-1, *[1] * (x_0.dim() - 1)) for level in (alpha_t, sigma_t))
     x_t = alpha_t * x_0 + sigma_t * noise
-    return x_t, {"epsilon": noise, "v_prediction": alpha_t * noise - sigma_t * x_0, "flow": noise - x_0}[prediction_type]
+    targets = {"epsilon": noise, "v_prediction": alpha_t * noise - sigma_t * x_0, "flow": noise - x_0}
+    return x_t, targets[prediction_type]
 
 
 # ================================================================ sampling
 
 
 def guided_prediction(model, x, t, text, guidance):
-    """The prediction that samples: unconditional + guidance * (conditional - unconditional). x: (batch, c, h, w), t: ()
-    or (batch,), text: (batch, rows, width)."""
+    """The prediction that samples: unconditional + guidance * (conditional - unconditional). x: (batch, c, h,
+    w), t: () or (batch,), text: (batch, rows, width)."""
     if guidance == 1:
         return model.predict(x, t, text)
     text = torch.cat([model.empty.expand_as(text), text])  # (2 batch, rows, width)
-    unconditional, conditional = model.predict(x.repeat(2, 1, 1, 1), t.expand(len(x)).repeat(2), text).chunk(2)
+    predictions = model.predict(x.repeat(2, 1, 1, 1), t.expand(len(x)).repeat(2), text)
+    unconditional, conditional = predictions.chunk(2)
     return unconditional + guidance * (conditional - unconditional)
 
 
@@ -162,9 +289,9 @@ def guided_prediction(model, x, t, text, guidance):
 def sample(model, noise, text, guidance, eta):
     """Equation (5). noise: (steps + 1, batch, c, h, w) -> clean latents x_0 (batch, c, h, w), float32.
 
-    DDIM is arXiv 2010.02502, equation 12. Of a flow, small steps with eta are the SDE of Flow-GRPO (arXiv 2505.05470) with
-    a = sqrt(2) eta, which keeps the flow's marginals; its Euler-Maruyama step is infinite at sigma = 1 and, where x_0 is certain,
-    leaves more noise than the level has.
+    DDIM is arXiv 2010.02502, equation 12. Of a flow, small steps with eta are the SDE of Flow-GRPO (arXiv
+    2505.05470) with a = sqrt(2) eta, which keeps the flow's marginals. Flow-GRPO's own Euler-Maruyama step is
+    infinite at sigma = 1; where x_0 is certain it leaves more noise than the level has.
     """
     noise = noise.to(model.device, torch.float32)
     grid = model.timesteps(len(noise) - 1)
@@ -186,25 +313,28 @@ def sample(model, noise, text, guidance, eta):
 
 
 def sample_and_score(model, rewards, prompts, seeds, args, label):
-    """Pictures of the prompts (n) with the seeds (n), a batch at a time.
-    Returns latents (n, c, h, w), {reward or statistic: (n,)}, and the pictures, all but the first run.SHOWN at most 64 x 64 pixels."""
-    latents, scores, pictures = [], [], []
-    for i in tqdm(range(0, len(prompts), args.sample_batch), desc=label, unit="batch", leave=False, mininterval=1):
-        part = slice(i, i + args.sample_batch)
-        noise = draw_noise(seeds[part], args.steps, model.latent_shape, model.dtype)  # (steps + 1, batch, c, h, w)
-        x_0 = sample(model, noise, model.encode(prompts[part]), args.guidance, args.eta)
-        images = model.decode(x_0, label)
+    """Images of the prompts (n) with the seeds (n), a batch at a time.
+    Returns latents (n, c, h, w), {reward or statistic: (n,)}, and the images, most of them shrunk."""
+    latents, scores, images = [], [], []
+    starts = range(0, len(prompts), args.sample_batch)
+    for i in tqdm(starts, desc=label, unit="batch", leave=False, mininterval=1):
+        batch = slice(i, i + args.sample_batch)
+        # (steps + 1, batch, c, h, w)
+        noise = draw_noise(seeds[batch], args.steps, model.latent_shape, model.dtype)
+        x_0 = sample(model, noise, model.encode(prompts[batch]), args.guidance, args.eta)
+        batch_images = model.decode(x_0, label)
         latents.append(x_0.cpu())
-        scores.append(score(rewards, images, prompts[part]) | image_statistics(images))
-        pictures += run.shrunk(images, i)
-    return torch.cat(latents), {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, pictures
+        scores.append(score(rewards, batch_images, prompts[batch]) | image_statistics(batch_images))
+        images += shrink(batch_images, i)
+    return torch.cat(latents), {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, images
 
 
 # ================================================================ loss
 
 
 def denoising_loss(model, x_0, text, t, noise, guidance):
-    """Equation (4), mean over everything. x_0, noise: (batch, c, h, w), text: (batch, rows, width), t: (batch,)."""
+    """Equation (4), mean over everything.
+    x_0, noise: (batch, c, h, w), text: (batch, rows, width), t: (batch,)."""
     alpha, sigma = model.alpha_sigma(t)
     x_t, target = training_target(x_0, noise, alpha, sigma, model.prediction_type)
     return (guided_prediction(model, x_t, t, text, guidance) - target).square().mean()
@@ -214,101 +344,168 @@ def denoising_loss(model, x_0, text, t, noise, guidance):
 
 
 def evaluate(model, rewards, prompts, args, label):
-    """Fixed prompts x fixed seeds. Returns ({metric: (prompts,), the mean over a prompt's pictures}, the pictures of grid.png)."""
+    """Fixed prompts x fixed seeds.
+    Returns ({metric: (prompts,), the mean over a prompt's images}, images of grid.png)."""
     n = args.eval_samples
     seeds = [derived_seed("eval", i, j) for i in range(len(prompts)) for j in range(n)]
     repeated = [p for p in prompts for _ in range(n)]
-    _, scores, pictures = sample_and_score(model, rewards, repeated, seeds, args, label)
+    _, scores, images = sample_and_score(model, rewards, repeated, seeds, args, label)
     means = {name: values.view(-1, n).mean(1) for name, values in scores.items()}
-    means["diversity"] = torch.tensor([diversity(pictures[i * n : i * n + n]) for i in range(len(prompts))])
-    return means, pictures[: run.SHOWN]
+    means["diversity"] = torch.tensor([diversity(images[i * n : i * n + n]) for i in range(len(prompts))])
+    return means, images[:GRID_IMAGES]
+
+
+# ================================================================ what a run prints and logs
+
+
+def describe(args, model, per_round, held_out, folder):
+    """The checked, derived settings, printed before the run. per_round: number of prompts; held_out: list."""
+    rules = {"topk": f"{args.top_k} best of {args.samples}", "preference": "better of two"}
+    kl = "estimated in every round"
+    if args.rule in RANKING:  # then it does not depend on the rewards
+        without_ties = estimated_kl(torch.zeros(1, args.samples), args.rule, top_k=args.top_k)
+        kl = f"{without_ties:.2f} nats if no rewards tie"
+    reference = "base" if args.reference == "base" or args.rounds == 1 else "model of the round"
+    guided = "" if args.guidance == 1 else ", guided loss" if args.guided_loss else ", conditional loss"
+    size = sum(p.numel() for p in model.lora().values())
+    images, updates = args.rounds * per_round * args.samples, args.rounds * args.updates
+    return f"""GRAFT -> {folder}
+  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}
+  LoRA       rank {args.lora_rank}, alpha {args.lora_alpha:g}, {args.lora_targets}: {size:,} parameters
+  sampling   {args.rounds} rounds x {per_round} prompts x {args.samples} = {images} images, \
+{args.steps} steps, guidance {args.guidance:g}, eta {args.eta:g}
+  acceptance {rules.get(args.rule, args.rule)} by {args.reward}; KL(accepted || {reference}) {kl}
+  update     {args.rounds} rounds x {args.updates} = {updates} updates x {args.batch} images, \
+lr {args.lr:g}{guided}
+  evaluation {len(held_out)} held-out prompts x {args.eval_samples} images, base and tuned on equal seeds"""
+
+
+def sampled_row(number, args, rewards, index, scores, images):
+    """The columns of metrics.csv about a round's sampling. rewards: (prompts, samples), index: (n,) the
+    accepted ones among all samples, scores: {reward: (prompts x samples,)}. InputError if nothing was
+    accepted."""
+    group = 2 if args.rule == "preference" else args.samples  # the samples among which a rule ranks
+    groups = rewards.view(len(rewards), -1, group)  # (prompts, groups, group)
+    flat = ((groups.amax(2) == groups.amin(2)) & (args.rule in RANKING)).double().mean().item()
+    if len(index) == 0:
+        advice = "raise --samples or take another reward" + ", or lower --threshold" * (
+            args.rule == "threshold"
+        )
+        raise InputError(
+            f"--rule {args.rule} accepted nothing: {flat:.0%} of the groups had equal rewards, the best "
+            f"reward was {rewards.max():.4g}; {advice}"
+        )
+    spread = [diversity(images[i : i + args.samples]) for i in range(0, len(images), args.samples)]
+    return {
+        "round": number,
+        "reward_sampled": rewards.mean().item(),
+        "reward_accepted": rewards.flatten()[index].mean().item(),
+        "acceptance_rate": len(index) / rewards.numel(),
+        "flat_groups": flat,
+        "kl": estimated_kl(rewards, args.rule, top_k=args.top_k, threshold=args.threshold, beta=args.beta),
+        "diversity": sum(spread) / len(spread),
+    } | {name: values.mean().item() for name, values in scores.items() if name != args.reward}
+
+
+def print_round(state, rounds, speed):
+    """One line on the newest of the rounds."""
+    row, left = state["rows"][-1], state["seconds"] / state["round"] * (rounds - state["round"])
+    rates = f"{row['acceptance_rate']:.1%}; {row['flat_groups']:.0%} of groups without signal"
+    rewarded = f"reward {row['reward_sampled']:.3f}, accepted {row['reward_accepted']:.3f} ({rates})"
+    held_out = f"held-out reward {row['reward_held_out']:.3f}, training loss {row['loss']:.4f}"
+    print(f"  round {state['round']}/{rounds}  {rewarded}, {held_out}, {speed}{left:.0f} s left", flush=True)
 
 
 # ================================================================ the run
 
 
 def prepare(args):
-    """Fill in what was left out, check all that needs no diffusion model, then load the rewards that are models.
-    Returns (training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
-    run.complete(args)
-    if args.shard and not (args.sample_only and shard_of(args.shard)):
-        raise InputError(f"--shard {args.shard}: give --sample_only and i/n with i from 1 to n, as in 2/4")
+    """Check all that needs no diffusion model, then load the rewards that are models. Returns (args without
+    gaps, training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
+    check_output(args.output, args.resume)
+    args = with_family_defaults(args)
+    args.device = check_device(args.device, args.dtype)
     if args.sample_only:
         args.rounds, args.save_accepted = 1, True
-    return run.read_task(args)
-
-
-def shard_of(text):
-    """The prompts of shard "i/n" of a round as a slice, of "" all; None for anything else."""
-    i, slash, n = (text or "1/1").partition("/")
-    if slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n):
-        return slice(int(i) - 1, None, int(n))
+    prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
+    rewards = read_rewards(args.reward, args.eval_rewards)
+    for reward in rewards:
+        reward.check_prompts(prompts, "--prompts")
+        reward.check_prompts(held_out, "--eval_prompts")
+    for reward in rewards:
+        reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
+    return args, prompts, held_out, rewards
 
 
 def main(args):
-    prompts, held_out, rewards = prepare(args)
-    schedule = run.schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
-    shard = shard_of(args.shard)
+    args, prompts, held_out, rewards = prepare(args)
+    # the indices of each round's prompts
+    schedule = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
+    shard = shard_rows(args.shard)
     if not schedule[0][shard]:
-        raise InputError(f"--shard {args.shard}: a round has only {len(schedule[0])} prompts; take fewer shards")
+        raise InputError(f"--shard {args.shard}: a round has {len(schedule[0])} prompts; take fewer shards")
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
     model.timesteps(args.steps)  # only to refuse numbers of steps that the sampler cannot take
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     if args.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
-    optimizer = run.make_adamw(parameters, args.lr, args.optimizer_8bit)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    folder = run.make_run_folder(args, "graft", args.model, args.seed)
-    print(run.describe(f"GRAFT -> {folder}", args, model, len(schedule[0]), held_out), flush=True)
+    folder = make_run_folder(args, "graft", args.model, args.seed)
+    print(describe(args, model, len(schedule[0]), held_out, folder), flush=True)
 
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
-    model.remember(["", *held_out, *(prompts[i] for i in sorted({i for part in schedule for i in part}))])
-    # state: {round, rows, losses, accepted, seconds}, new or as stored; save() stores it with the LoRA, the optimiser and the scaler
-    state, save = run.restore(args, folder, model, optimizer, scaler)
+    model.remember(["", *held_out, *(prompts[i] for i in sorted({i for ids in schedule for i in ids}))])
+    # state: {round, rows, losses, accepted, seconds, tuned}; save() stores it with LoRA, optimiser and scaler
+    state, save = restore(args, folder, model, optimizer, scaler)
+    run_start = time.perf_counter() - state["seconds"]
 
     # ------------------------------------------------------------ BASELINE
     if not args.sample_only:
         with model.lora_off():
-            base, base_pictures = evaluate(model, rewards, held_out, args, "evaluate base")
-        print(f"  base       {args.reward} {base[args.reward].mean():.3f} on the held-out prompts", flush=True)
+            base, base_images = evaluate(model, rewards, held_out, args, "evaluate base")
+        print(f"  base       held-out {args.reward} {base[args.reward].mean():.3f}", flush=True)
 
     for r in range(state["round"], args.rounds):
         speed = ""
         if len(state["accepted"]) == r:  # not so if the run was stopped after it had accepted
             # ---------------------------------------------------- SAMPLE, SCORE
-            start = time.perf_counter()
-            ids = torch.tensor(schedule[r][shard]).repeat_interleave(args.samples)  # (prompts x samples,) indices of prompts
-            seeds = [derived_seed(args.seed, r, i, j) for i in schedule[r][shard] for j in range(args.samples)]
-            asked = [prompts[i] for i in ids]
+            start, label = time.perf_counter(), f"sample {r + 1}"
+            chosen = schedule[r][shard]  # indices of this round's prompts
+            ids = torch.tensor(chosen).repeat_interleave(args.samples)  # (n,) n = prompts x samples
+            seeds = [derived_seed(args.seed, r, i, j) for i in chosen for j in range(args.samples)]
+            image_prompts = [prompts[i] for i in ids]
             with model.lora_off() if args.reference == "base" else model.lora_merged():
-                latents, scores, pictures = sample_and_score(model, rewards[:1], asked, seeds, args, f"sample {r + 1}")
-            speed = f"{len(seeds) / (time.perf_counter() - start):.0f} pictures/s, "
+                latents, scores, images = sample_and_score(
+                    model, rewards[:1], image_prompts, seeds, args, label
+                )
+            speed = f"{len(seeds) / (time.perf_counter() - start):.0f} images/s, "
             reward = scores[args.reward].view(-1, args.samples)  # (prompts, samples)
 
             # ---------------------------------------------------- ACCEPT
-            options = {"top_k": args.top_k, "threshold": args.threshold, "beta": args.beta, "reward_max": args.reward_max}
+            options = {"top_k": args.top_k, "threshold": args.threshold}
+            options |= {"beta": args.beta, "reward_max": args.reward_max}
             generator = torch.Generator().manual_seed(derived_seed(args.seed, "accept", r))
-            mine = torch.arange(len(schedule[r]))[shard]  # (prompts,) this shard's rows of the round; without --shard all
-            whole = torch.zeros(len(schedule[r]), args.samples)  # rows of other shards only hold the places of their draws
-            keys = whole.long().index_copy(0, mine, average_hash(pictures).view(-1, args.samples)) if args.dedup else None
-            table = whole.index_copy(0, mine, reward)
-            mask = accept(table, args.rule, **options, accept_flat=args.accept_flat, keys=keys, generator=generator)[mine]
+            # the table is of the whole round, so that a shard draws what one run would
+            table = torch.zeros(len(schedule[r]), args.samples)
+            table[shard] = reward
+            mask = accept(table, args.rule, **options, generator=generator)[shard]  # (prompts, samples)
             index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
             accepted = {"latents": latents[index], "prompt": ids[index], "sample": index % args.samples}
             state["accepted"].append(accepted | {"reward": reward.flatten()[index]})
-            state["rows"].append(run.sampled_row(r + 1, args, reward, index, scores, pictures))  # refuses an empty index
+            state["rows"].append(sampled_row(r + 1, args, reward, index, scores, images))
             if args.save_accepted:
-                run.save_accepted(folder / "accepted", model, latents[index], state["accepted"], prompts, args.sample_batch)
+                save_accepted(folder, model, latents[index], state["accepted"], prompts, args.sample_batch)
             save()
         if args.sample_only:
-            number = len(state["accepted"][0]["reward"])
-            print(f"  accepted   {number} of {args.samples} x {len(schedule[r][shard])} pictures -> {folder}/accepted")
+            share = f"{len(state['accepted'][0]['reward'])} of {args.samples} x {len(schedule[r][shard])}"
+            print(f"  accepted   {share} images -> {folder}/accepted")
             return
 
         # -------------------------------------------------------- UPDATE
         kept = state["accepted"] if args.accumulate else state["accepted"][-1:]
         data = torch.cat([a["latents"] for a in kept])  # (n, c, h, w)
-        ids_kept = torch.cat([a["prompt"] for a in kept])  # (n,) indices of prompts
+        data_prompts = torch.cat([a["prompt"] for a in kept])  # (n,) indices of prompts
         generator = torch.Generator().manual_seed(derived_seed(args.seed, "update", r))
         epochs = math.ceil(args.updates * args.batch / len(data))
         order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(epochs)])
@@ -317,9 +514,10 @@ def main(args):
             index = order[update * args.batch : (update + 1) * args.batch]  # (batch,)
             x_0 = data[index].to(args.device)  # (batch, c, h, w)
             noise = torch.randn(x_0.shape, generator=generator).to(args.device)
-            t = model.draw_timesteps(args.batch, generator).to(args.device)  # (batch,) uniform; of a flow logit-normal
+            # (batch,) uniform; for a flow logit-normal
+            t = model.draw_timesteps(args.batch, generator).to(args.device)
             drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout  # (batch,)
-            text = model.encode(["" if d else prompts[i] for d, i in zip(drop, ids_kept[index])])  # (batch, rows, width)
+            text = model.encode(["" if d else prompts[i] for d, i in zip(drop, data_prompts[index])])
             losses.append(0.0)
             for part in torch.arange(args.batch).split(args.micro_batch):  # (micro_batch,)
                 with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
@@ -329,33 +527,37 @@ def main(args):
                 losses[-1] += loss.item() * len(part) / args.batch
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-            run.check_finite(f"round {r + 1}, update {update + 1}", losses[-1], norm, scaler)
+            check_finite(f"round {r + 1}, update {update + 1}", losses[-1], norm, scaler)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
         # -------------------------------------------------------- EVALUATE, LOG
         row = state["rows"][-1]
-        row |= {"pictures_trained_on": len(data), "loss": sum(losses) / len(losses), "reward_held_out": math.nan}
+        row |= {"images_trained_on": len(data), "loss": sum(losses) / len(losses)}
+        row["reward_held_out"] = math.nan  # of a round without evaluation
         if r + 1 == args.rounds or args.eval_every and (r + 1) % args.eval_every == 0:
             with model.lora_merged():
-                state["tuned"], pictures = evaluate(model, rewards, held_out, args, f"evaluate {r + 1}")
+                state["tuned"], tuned_images = evaluate(model, rewards, held_out, args, f"evaluate {r + 1}")
             row["reward_held_out"] = state["tuned"][args.reward].mean().item()
-            run.save_grid(folder / "grid.png", base_pictures, pictures, held_out, args.eval_samples)
+            save_grid(folder / "grid.png", base_images, tuned_images, held_out, args.eval_samples)
         state["losses"] += losses
         state["round"] = r + 1
         model.save_lora(folder)
-        run.write_metrics(folder, state, base, args.reward)
+        log_metrics(folder, state["rows"], state["round"], time.perf_counter() - run_start)
+        base_reward = base[args.reward].mean().item()
+        save_curves(folder / "curves.png", state["rows"], state["losses"], base_reward, args.reward)
         save()
-        run.print_round(state, args.rounds, speed)
+        print_round(state, args.rounds, speed)
 
     # ------------------------------------------------------------ SHOW
-    run.write_results(folder, base, state["tuned"], args.reward, state["seconds"])
-    print(f"\n{state['seconds']:.0f} s. In {folder}: the LoRA, results.json, metrics.csv, grid.png, curves.png. To use it:\n")
-    print(f"""{run.stock_code(model)}
+    write_results(folder, base, state["tuned"], args.reward, state["seconds"])
+    files = "the LoRA, results.json, metrics.csv, grid.png, curves.png"
+    print(f"\n{state['seconds']:.0f} s. In {folder}: {files}. To use it:\n")
+    print(f"""{stock_code(model)}
 pipe.load_lora_weights({str(folder.resolve())!r})
-{run.stock_call(model, held_out[0], args)}""")
+{stock_call(model, held_out[0], args)}""")
 
 
 if __name__ == "__main__":
-    run.run_script(main, Args)
+    run_script(main, Args)

@@ -1,7 +1,7 @@
-"""The shapes world: prompts such as "a red circle left of a blue square" and the pictures they describe.
+"""The shapes world: prompts such as "a red circle left of a blue square" and the images they describe.
 
-A scene is (first object, relation, second object). The prompt fixes the two colours, the two shapes and the relation; it
-leaves free the radii, the exact places and the grey of the background. Pictures are 32 x 32 RGB.
+A scene is (first object, relation, second object). The prompt fixes the two colours, the two shapes and the
+relation. It leaves free the radii, the exact places and the grey of the background. Images are 32 x 32 RGB.
 Write the prompt lists again: python -m shapes.render
 """
 
@@ -11,9 +11,19 @@ import numpy as np
 from PIL import Image
 
 SIZE = 32  # pixels, both sides
-COLOURS = {"red": (225, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 225), "yellow": (240, 210, 40)}  # RGB
+COLOURS = {
+    "red": (225, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 80, 225),
+    "yellow": (240, 210, 40),
+}  # RGB
 SHAPES = ("circle", "square", "triangle")
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y) of first minus second
+RELATIONS = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}  # (x, y) of first minus second
 REVERSED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RADIUS = (5.0, 5.75)  # pixels
 BACKGROUND = (64, 240)  # grey level
@@ -35,7 +45,8 @@ def parse(prompt: str) -> tuple[tuple[str, str], str, tuple[str, str]]:
             if len(objects) == 2 and all(len(o) == 2 and o[0] in COLOURS and o[1] in SHAPES for o in objects):
                 return objects[0], relation, objects[1]
     raise ValueError(
-        f"{prompt!r} is not a shapes prompt: a <{'|'.join(COLOURS)}> <{'|'.join(SHAPES)}> <{'|'.join(RELATIONS)}> a <colour> <shape>"
+        f"{prompt!r} is not a shapes prompt: a <{'|'.join(COLOURS)}> <{'|'.join(SHAPES)}> "
+        f"<{'|'.join(RELATIONS)}> a <colour> <shape>"
     )
 
 
@@ -52,7 +63,8 @@ def half_extent(shape: str, radius: float) -> tuple[float, float]:
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Boolean mask of the points (x, y), in pixels from the centre of the bounding box (y down), inside the shape."""
+    """Boolean mask of the points (x, y), in pixels from the centre of the bounding box (y down),
+    inside the shape."""
     if shape == "circle":
         return x**2 + y**2 <= radius**2
     if shape == "square":  # the circle's area
@@ -69,7 +81,7 @@ def coverage(shape: str, cx: float, cy: float, radius: float, samples: int = 4) 
 
 
 def paint(objects: list[tuple[str, str, float, float, float]], background: float) -> Image.Image:
-    """Picture of objects (colour, shape, centre x, centre y, radius) on a plain grey background."""
+    """Image of objects (colour, shape, centre x, centre y, radius) on a plain grey background."""
     pixels = np.full((SIZE, SIZE, 3), float(background))
     for colour, shape, cx, cy, radius in objects:
         share = coverage(shape, cx, cy, radius)[..., None]
@@ -77,8 +89,10 @@ def paint(objects: list[tuple[str, str, float, float, float]], background: float
     return Image.fromarray(np.round(pixels).astype(np.uint8))
 
 
-def render(first: tuple[str, str], relation: str, second: tuple[str, str], rng: np.random.Generator) -> Image.Image:
-    """A random picture of the scene: what the prompt leaves free is drawn from `rng`."""
+def render(
+    first: tuple[str, str], relation: str, second: tuple[str, str], rng: np.random.Generator
+) -> Image.Image:
+    """A random image of the scene: what the prompt leaves free is drawn from `rng`."""
     dx, dy = RELATIONS[relation]
     axis = 0 if dx else 1
     radii = rng.uniform(*RADIUS, 2)
@@ -102,7 +116,8 @@ def render(first: tuple[str, str], relation: str, second: tuple[str, str], rng: 
 
 
 def write_prompts(seed: int = 0, eval_pairs: int = 64) -> None:
-    """Split the 528 prompts into train and eval. The two wordings of one scene ("A left of B", "B right of A") stay together."""
+    """Split the 528 prompts into train and eval.
+    The two wordings of one scene ("A left of B", "B right of A") stay together."""
     pairs = {}
     for a, r, b in all_scenes():
         same = min((a, r, b), (b, REVERSED[r], a))

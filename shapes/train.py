@@ -1,12 +1,13 @@
-"""Train the embedded Stable Diffusion from scratch. The stages took 58 minutes in all on two CPU cores that other work shared.
+"""Train the embedded Stable Diffusion from scratch. The stages took 58 minutes on two busy CPU cores.
 
-Run: python -m shapes.train
-Result: shapes/pipeline/, a stock `StableDiffusionPipeline` in half precision (CLIP tokenizer and text encoder, U-Net with
-v-prediction, DDIM). Stages: (1) the VAE; (2) U-Net and text encoder together, which learn to draw the two objects of a caption but
-not, with these few steps and captions, who stands where; (3) the text encoder alone learns to read: its states must tell
-who stands where; (4) the U-Net alone, the text encoder frozen, learns from captions that are wrong on purpose (CAPTIONS):
-mostly the relation is stated the wrong way round. So the base draws well, tells the relations apart, and mostly
-places the objects wrongly. Only a reward can know.
+Run: python -m shapes.train Result: shapes/pipeline/, a stock `StableDiffusionPipeline` in half precision
+(CLIP tokenizer and text encoder, U-Net with v-prediction, DDIM).
+
+Stages: (1) The VAE. (2) U-Net and text encoder together. They learn to draw the two objects of a caption, but
+not who stands where: steps and captions are too few. (3) The text encoder alone learns to read: its states
+must tell who stands where. (4) The U-Net alone learns from captions that are wrong on purpose (CAPTIONS):
+most state the relation the wrong way round. So the base draws well, tells the relations apart, and places
+most objects wrongly. Only a reward can know.
 """
 
 import json
@@ -42,8 +43,8 @@ class Args:
     """Folder that gets the pipeline; must not exist."""
     seed: int = 0
     """Seed of everything."""
-    pictures: int = 24000
-    """Number of rendered training pictures."""
+    images: int = 24000
+    """Number of rendered training images."""
     vae_steps: int = 2500
     """Stage 1: updates of the VAE."""
     draw_steps: int = 10000
@@ -53,7 +54,7 @@ class Args:
     caption_steps: int = 3500
     """Stage 4: updates of the U-Net."""
     batch: int = 64
-    """Pictures per update."""
+    """Images per update."""
     lr: float = 1e-3
     """Peak learning rate of AdamW (warm-up, then cosine to zero)."""
     ema: float = 0.997
@@ -63,9 +64,10 @@ class Args:
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer with CLIP's byte alphabet in which every word of the world is one token; other words fall to bytes."""
+    """A CLIP tokenizer with CLIP's byte alphabet. Every word of the world is one token.
+    Other words become bytes."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    alphabet = [chr(b) for b in visible] + [chr(256 + i) for i in range(256 - len(visible))]  # GPT-2's bytes_to_unicode
+    alphabet = [chr(b) for b in visible] + [chr(256 + i) for i in range(256 - len(visible))]  # as GPT-2's
     words = ["a", *COLOURS, *SHAPES, *dict.fromkeys(w for r in RELATIONS for w in r.split())]
     merges = []
     for word in words:
@@ -79,8 +81,12 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
             pieces[at : at + 2] = ["".join(pair)]
     vocabulary = alphabet + [c + "</w>" for c in alphabet] + ["".join(m) for m in merges]
     vocabulary = [*dict.fromkeys(vocabulary), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n", encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(vocabulary)}), encoding="utf-8"
+    )
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n", encoding="utf-8"
+    )
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
     for word in words:
         assert len(tokenizer(word).input_ids) == 3, word
@@ -160,8 +166,8 @@ def make_denoiser(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DCondit
 
 
 def train_reader(text_encoder, tokenizer, args: Args) -> None:
-    """Teach the text encoder who stands where: a linear layer on the mean of its states from the end token on must name the axis
-    and the colours and shapes of the object on the left or above and of the other one."""
+    """Teach the text encoder who stands where. A linear layer on the mean of its states from the end token on
+    must name the axis, and colour and shape of both objects, the one on the left or above first."""
     torch.manual_seed(args.seed)
     objects = [(c, s) for c in COLOURS for s in SHAPES]
     scenes = [(a, r, b) for a in objects for b in objects for r in RELATIONS]
@@ -170,7 +176,12 @@ def train_reader(text_encoder, tokenizer, args: Args) -> None:
     labels = []
     for a, relation, b in scenes:
         first, second = (a, b) if sum(RELATIONS[relation]) < 0 else (b, a)
-        places = [[*COLOURS].index(first[0]), SHAPES.index(first[1]), [*COLOURS].index(second[0]), SHAPES.index(second[1])]
+        places = [
+            [*COLOURS].index(first[0]),
+            SHAPES.index(first[1]),
+            [*COLOURS].index(second[0]),
+            SHAPES.index(second[1]),
+        ]
         labels.append([int(RELATIONS[relation][0] == 0), *places])
     labels = torch.tensor(labels)
     sizes = [2, len(COLOURS), len(SHAPES), len(COLOURS), len(SHAPES)]
@@ -191,9 +202,11 @@ def train_reader(text_encoder, tokenizer, args: Args) -> None:
     text_encoder.requires_grad_(False)
 
 
-def train_denoiser(text_encoder, unet, latents, scenes, tokenizer, scheduler, errors, steps, args: Args) -> None:
-    """v-prediction loss on cached latents (n, 4, 8, 8), captions drawn anew at every step; trains what is not frozen of the two
-    models and ends with the averaged weights."""
+def train_denoiser(
+    text_encoder, unet, latents, scenes, tokenizer, scheduler, errors, steps, args: Args
+) -> None:
+    """v-prediction loss on cached latents (n, 4, 8, 8), with captions drawn anew at every step. Trains what
+    is not frozen of the two models. They end with the averaged weights."""
     lr, rng = args.lr, np.random.default_rng(args.seed)
     parameters = [p for p in (*unet.parameters(), *text_encoder.parameters()) if p.requires_grad]
     averaged = [p.detach().clone() for p in parameters]
@@ -231,9 +244,9 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     kinds = all_scenes()
-    scenes = [kinds[i % len(kinds)] for i in range(args.pictures)]
-    pictures = [render(*s, rng) for s in tqdm(scenes, desc="render", mininterval=5)]
-    pixels = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
+    scenes = [kinds[i % len(kinds)] for i in range(args.images)]
+    images = [render(*s, rng) for s in tqdm(scenes, desc="render", mininterval=5)]
+    pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2) / 127.5 - 1
 
     vae = train_vae(pixels, args)
     with torch.no_grad():
@@ -259,7 +272,8 @@ def main(args: Args) -> None:
         tokenizer = make_tokenizer(Path(folder))
     text_encoder, unet = make_denoiser(tokenizer)
     print(
-        f"parameters: U-Net {unet.num_parameters():,}, text encoder {text_encoder.num_parameters():,}, VAE {vae.num_parameters():,}"
+        f"parameters: U-Net {unet.num_parameters():,}, text encoder {text_encoder.num_parameters():,}, "
+        f"VAE {vae.num_parameters():,}"
     )
     latents *= vae.config.scaling_factor
     models = (text_encoder, unet, latents, scenes, tokenizer, scheduler)
@@ -273,13 +287,11 @@ def main(args: Args) -> None:
     pipeline.set_progress_bar_config(disable=True)
     prompts = PROMPT_FILES["train"].read_text(encoding="utf-8").split("\n")[:200]
     images = pipeline(prompts, num_inference_steps=10, guidance_scale=1.0, eta=1.0).images
-    print(
-        f"base: {np.mean([check(i, p).strict for i, p in zip(images, prompts)]):.3f} strict on {len(prompts)} training prompts"
-    )
+    strict = np.mean([check(i, p).strict for i, p in zip(images, prompts)])
+    print(f"base: {strict:.3f} strict on {len(prompts)} training prompts")
     pipeline.to(torch.float16).save_pretrained(args.out)
-    print(
-        f"{args.out}: {sum(f.stat().st_size for f in args.out.rglob('*') if f.is_file()) / 1e6:.1f} MB, {time.perf_counter() - start:.0f} s"
-    )
+    size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file()) / 1e6
+    print(f"{args.out}: {size:.1f} MB, {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

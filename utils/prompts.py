@@ -1,0 +1,106 @@
+"""Prompt files: .txt, .csv, .tsv and .jsonl."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+from utils.runs import InputError
+
+SHAPES = Path(__file__).resolve().parent.parent / "shapes"
+TRAIN_PROMPTS, EVAL_PROMPTS = str(SHAPES / "prompts_train.txt"), str(SHAPES / "prompts_eval.txt")
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
+
+
+def read_prompt_sets(file: str, eval_file: str) -> tuple[list[str], list[str]]:
+    """(training prompts, held-out prompts) of --prompts and --eval_prompts. If that is left out, every tenth
+    prompt of --prompts is held out; TRAIN_PROMPTS goes with EVAL_PROMPTS. InputError for a bad file or too
+    few prompts."""
+    prompts = read_prompts(file, "--prompts")
+    if eval_file or file == TRAIN_PROMPTS:
+        held_out = read_prompts(eval_file or EVAL_PROMPTS, "--eval_prompts")
+    else:
+        prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
+    if not prompts or len(held_out) < 2:
+        flag = f"--eval_prompts {eval_file}" if eval_file else f"--prompts {file}"
+        raise InputError(f"{flag}: too few to hold out two for evaluation; add more or give --eval_prompts")
+    warn_of_overlap(prompts, held_out)
+    return prompts, held_out
+
+
+def read_prompts(file: str, flag: str) -> list[str]:
+    """The prompts of a file, in order. InputError, naming `flag`, if there are none.
+
+    A .txt file has one prompt a line. A .csv, .tsv or .jsonl file has a column, given as file.csv:column;
+    left out, it is the first of PROMPT_COLUMNS there is, in any case. A .tsv file has no quoting: in
+    PartiPrompts.tsv a quotation mark at the start belongs to the prompt.
+    """
+    name, _, column = file.rpartition(":")
+    if Path(name).suffix not in (".csv", ".tsv", ".jsonl"):
+        name, column = file, ""
+    path, suffix = Path(name), Path(name).suffix
+    if suffix not in (".txt", ".csv", ".tsv", ".jsonl"):
+        raise InputError(
+            f"{flag} {file}: give a .txt file (one prompt a line), or .csv, .tsv or .jsonl with a column "
+            "`prompt`"
+        )
+    if not path.is_file():
+        raise InputError(f"{flag} {file}: no such file; give the path of one")
+    lines = []
+    for number, line in enumerate(
+        path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True), 1
+    ):
+        try:
+            lines.append(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise InputError(f"{flag} {file}: line {number} is not UTF-8; save the file as UTF-8") from None
+    if suffix == ".txt":
+        prompts = lines
+    elif suffix == ".jsonl":
+        prompts = []
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    column = column or choose_column(row.keys())
+                    prompts.append(row[column] + "")
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    example = f'{{"{column or "prompt"}": "..."}}'
+                    raise InputError(f"{flag} {file}: line {number} is not {example}") from None
+    else:
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
+        try:
+            reader = csv.DictReader(lines, **options)
+            columns, rows = reader.fieldnames or [], list(reader)
+        except csv.Error as error:
+            raise InputError(f"{flag} {file}: is no proper {suffix} file ({error})") from None
+        chosen = column or choose_column(columns)
+        if rows and chosen not in columns:
+            raise InputError(
+                f"{flag} {file}: no column {chosen or 'prompt'!r} in the first line, which has "
+                f"{', '.join(columns)}; choose one as {path.name}:column"
+            )
+        prompts = [row[chosen] or "" for row in rows]
+    prompts = [" ".join(part.strip() for part in p.split("\n")).strip() for p in prompts]
+    prompts = [p for p in prompts if p]
+    if not prompts:
+        raise InputError(f"{flag} {file}: holds no prompt; write at least one into it, or give another file")
+    return prompts
+
+
+def choose_column(columns) -> str | None:
+    """The first of PROMPT_COLUMNS among the names, in any case."""
+    by_name = {c.strip().lower(): c for c in reversed(list(columns))}
+    return next((by_name[p] for p in PROMPT_COLUMNS if p in by_name), None)
+
+
+def warn_of_overlap(prompts: list[str], held_out: list[str]) -> None:
+    """Print a warning if prompts are both trained on and held out."""
+    trained = {p.casefold() for p in prompts}
+    both = [p for p in held_out if p.casefold() in trained]
+    if both:
+        print(
+            f"warning: {len(both)} of the {len(held_out)} held-out prompts are trained on as well, for "
+            f"instance {both[0]!r}; the held-out results are then not quite held out",
+            file=sys.stderr,
+        )
