@@ -1,22 +1,24 @@
-"""Memory and speed of graft.py on a GPU, with models of the real sizes and random weights (no download), beside the stock call.
+"""Memory and speed of graft.py on a GPU, beside the stock pipeline's call.
 
-Run: python benchmarks/gpu.py                      (all families; have the card to yourself)
+The models have the real sizes and random weights: nothing is downloaded. Parameter counts and FLOPs are those
+of the published configurations. Contents of images and losses mean nothing here.
+
+Run: python benchmarks/gpu.py                       (all families; nothing else may use the GPU)
      python benchmarks/gpu.py --families sd15 sdxl
-     python benchmarks/gpu.py --tiny --device cpu  (shrunk models: shows that the script works, measures nothing of use)
+     python benchmarks/gpu.py --tiny --device cpu   (shrunk models: only shows that the script works)
 Result: benchmarks/results/gpu.json, written after every family, and tables:
-  phases   of `graft.main` with the README's flags, one line for each of its progress bars: peak memory that torch allocated and
-           reserved (GB = 10^9 bytes), pictures/s or updates/s, and the share of the card's measured bfloat16 matrix rate that the
-           FLOPs of model and decoder make up; then the stock pipeline's call with the same settings
-  checks   the target of memory (`met` if a short run passes while torch may reserve no more than the target less what CUDA holds
-           outside of it), our pictures against the stock pipeline's, no wait for the device inside the sampler's loop, 20 updates
-           in float16, the 8-bit optimiser. What cannot be done here says "not measured" and why.
-The parameter counts and the FLOPs are of the published configurations; the contents of pictures and losses mean nothing here.
+  phases   of graft.main with the flags of docs/models.md, one line for each of its progress bars: peak memory
+           that torch allocated and reserved (GB = 10^9 bytes), images/s or updates/s, and the share of the
+           GPU's measured bfloat16 matrix rate that the FLOPs of model and decoder make up. The last line is
+           the stock pipeline's call with the same settings.
+  checks   memory target: `met` if a short run passes while torch may reserve no more than the target less
+           what CUDA holds outside of torch; our images against the stock pipeline's; no wait for the device
+           inside the sampler's loop; 20 updates in float16. "not measured" says why a check cannot be done.
 """
 
 import argparse
 import contextlib
 import gc
-import importlib.util
 import io
 import json
 import sys
@@ -29,12 +31,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import graft  # noqa: E402
-import rewards  # noqa: E402
-from common import DTYPES, InputError, Model, draw_noise  # noqa: E402
-from shapes.train import make_tokenizer  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import graft
+from common import DTYPES, ROOT, Model, draw_noise, with_family_defaults
+from shapes.train import make_tokenizer
+from utils.prompts import TRAIN_PROMPTS, read_prompts
+from utils.runs import InputError, parse_arguments, write_json
 
 GB = 1e9
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -57,7 +60,12 @@ VAE = {
     "latent_channels": 4,
 }
 UNET_1 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-UNET_2 = {"sample_size": 96, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+UNET_2 = {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
 UNET_XL = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -139,17 +147,35 @@ CLIP_TINY = {
     "num_attention_heads": 2,
     "projection_dim": 16,
 }
-VAE_TINY = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
+VAE_TINY = {
+    "block_out_channels": (8, 8, 8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+}
 DENOISER_TINY = {
     "sd15": {"cross_attention_dim": 16, "attention_head_dim": 2},
     "sd21": {"cross_attention_dim": 16, "attention_head_dim": (1, 2, 2, 2)},
-    "sdxl": {"cross_attention_dim": 32, "attention_head_dim": (1, 2, 2), "transformer_layers_per_block": (1, 1, 2)},
-    "sd3": {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 40, "sample_size": 8},
+    "sdxl": {
+        "cross_attention_dim": 32,
+        "attention_head_dim": (1, 2, 2),
+        "transformer_layers_per_block": (1, 1, 2),
+    },
+    "sd3": {
+        "num_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 40,
+        "sample_size": 8,
+    },
 }
 DENOISER_TINY["sdxl"] |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 16 + 6 * 8}
 DENOISER_TINY["sd3"] |= {"caption_projection_dim": 16, "pooled_projection_dim": 32, "pos_embed_max_size": 8}
 for _name in ("sd15", "sd21", "sdxl"):
-    DENOISER_TINY[_name] |= {"block_out_channels": (8, 16, 16, 16)[: 3 if _name == "sdxl" else 4], "layers_per_block": 1}
+    DENOISER_TINY[_name] |= {
+        "block_out_channels": (8, 16, 16, 16)[: 3 if _name == "sdxl" else 4],
+        "layers_per_block": 1,
+    }
     DENOISER_TINY[_name] |= {"norm_num_groups": 4, "sample_size": 8}
 
 
@@ -157,8 +183,8 @@ for _name in ("sd15", "sd21", "sdxl"):
 
 
 def make_networks(name: str, ids: dict, tiny: bool = False) -> tuple:
-    """(denoiser, VAE, text encoders) of a family, with random weights, on torch's default device and in its default dtype; ids: of
-    the tokenizer, for the text encoders."""
+    """(denoiser, VAE, text encoders) of a family with random weights, on torch's default device.
+    ids: the tokenizer's special tokens and sizes, for the text encoders."""
     import diffusers
     import transformers
 
@@ -166,13 +192,14 @@ def make_networks(name: str, ids: dict, tiny: bool = False) -> tuple:
     denoiser = getattr(diffusers, kind)(**config | (DENOISER_TINY[name] if tiny else {}))
     vae = diffusers.AutoencoderKL(**family["vae"] | (VAE_TINY if tiny else {}))
     configs = [
-        (kind, transformers.CLIPTextConfig(**sizes | ids | (CLIP_TINY if tiny else {}))) for kind, sizes in family["text"]
+        (kind, transformers.CLIPTextConfig(**sizes | ids | (CLIP_TINY if tiny else {})))
+        for kind, sizes in family["text"]
     ]
     return denoiser, vae, [getattr(transformers, kind)(config) for kind, config in configs]
 
 
 def save_pipeline(name: str, folder: Path, device: str, tiny: bool) -> None:
-    """Write a pipeline of the family in bfloat16, weights drawn on the device, tokenizers made on the fly."""
+    """Write a pipeline of the family in bfloat16. The weights are drawn on the device."""
     import diffusers
 
     family = FAMILIES[name]
@@ -189,7 +216,12 @@ def save_pipeline(name: str, folder: Path, device: str, tiny: bool) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     kind, config = family["scheduler"]
-    parts = {"vae": vae, "scheduler": getattr(diffusers, kind)(**config), "tokenizer": tokenizer, "text_encoder": encoders[0]}
+    parts = {
+        "vae": vae,
+        "scheduler": getattr(diffusers, kind)(**config),
+        "tokenizer": tokenizer,
+        "text_encoder": encoders[0],
+    }
     parts["transformer" if name == "sd3" else "unet"] = denoiser
     if len(encoders) == 2:
         parts |= {"tokenizer_2": tokenizer, "text_encoder_2": encoders[1]}
@@ -204,7 +236,7 @@ def save_pipeline(name: str, folder: Path, device: str, tiny: bool) -> None:
 
 
 def clean_up() -> None:
-    """Give back the memory of what is no longer used."""
+    """Free the memory that is no longer used."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -212,7 +244,7 @@ def clean_up() -> None:
 
 
 def now(device: str) -> float:
-    """Seconds, after all work on the device is done."""
+    """Seconds on the clock once all work on the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -222,9 +254,9 @@ def peak_memory(device: str) -> dict:
     """Peaks in GB since the last call; None without CUDA."""
     if device != "cuda":
         return {"allocated": None, "reserved": None}
-    found = {"allocated": torch.cuda.max_memory_allocated() / GB, "reserved": torch.cuda.max_memory_reserved() / GB}
+    allocated, reserved = torch.cuda.max_memory_allocated() / GB, torch.cuda.max_memory_reserved() / GB
     torch.cuda.reset_peak_memory_stats()
-    return found
+    return {"allocated": allocated, "reserved": reserved}
 
 
 def matrix_rate(device: str, size: int) -> float:
@@ -238,8 +270,8 @@ def matrix_rate(device: str, size: int) -> float:
 
 
 def run_graft(argv: list[str], device: str) -> tuple:
-    """graft.py's main with these arguments, watched through its progress bars.
-    Returns (its arguments, filled in; [{phase, seconds of every turn but the first, peak memory}])."""
+    """Run graft.main with these arguments, watched through its progress bars.
+    Returns (its arguments without gaps, [{phase, seconds of every turn but the first, peak memory}])."""
     phases = []
 
     def watched(items, desc, **_):
@@ -252,7 +284,7 @@ def run_graft(argv: list[str], device: str) -> tuple:
             seconds.append(now(device) - start)
         phases.append({"phase": desc, "seconds": seconds[1:]} | peak_memory(device))
 
-    args, bars = rewards.parse_arguments(graft.Args, argv), graft.tqdm
+    args, bars = with_family_defaults(parse_arguments(graft.Args, argv)), graft.tqdm
     clean_up()
     try:
         graft.tqdm = watched
@@ -264,21 +296,25 @@ def run_graft(argv: list[str], device: str) -> tuple:
 
 
 def count_flops(function, device: str) -> int:
-    """Of function(), by torch's counter, which knows the fused attention of CUDA but not that of the CPU."""
+    """FLOPs of function(). torch's counter knows the fused attention of CUDA but not that of the CPU."""
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    with sdpa_kernel([SDPBackend.MATH] if device == "cpu" else fused), FlopCounterMode(display=False) as counter:
+    with (
+        sdpa_kernel([SDPBackend.MATH] if device == "cpu" else fused),
+        FlopCounterMode(display=False) as counter,
+    ):
         function()
     return counter.get_total_flops()
 
 
 def flops_of(folder: str, args, device: str) -> dict:
-    """FLOPs of one call of the denoiser, of decoding one picture, and of a training step on one picture without guidance."""
+    """FLOPs of one call of the denoiser, of decoding one image, and of a training step on one image without
+    guidance."""
     model = Model(folder, device, DTYPES[args.dtype], args.t5)
     x, text = torch.randn(1, *model.latent_shape, device=device), model.encode([""])
     t = model.draw_timesteps(1, torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
-        found = {"call": count_flops(lambda: model.predict(x, t, text), device)}
-        found["decode"] = count_flops(lambda: model.decode(x), device)
+        flops = {"call": count_flops(lambda: model.predict(x, t, text), device)}
+        flops["decode"] = count_flops(lambda: model.decode(x), device)
     model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, 0)
     model.denoiser.enable_gradient_checkpointing()
 
@@ -287,27 +323,23 @@ def flops_of(folder: str, args, device: str) -> dict:
             loss = model.predict(x, t, text).square().mean()
         loss.backward()
 
-    found["train"] = count_flops(train, device)
-    found["lora_parameters"] = sum(p.numel() for p in model.lora().values())
-    return found
+    flops["train"] = count_flops(train, device)
+    flops["lora_parameters"] = sum(p.numel() for p in model.lora().values())
+    return flops
 
 
 def stock_call(folder: str, prompts: list[str], args, device: str) -> dict:
-    """The stock pipeline, all of it on the device, sampling one batch with the run's settings, the second time."""
+    """The phase of the stock pipeline's call: one batch with the run's settings, all on the device. The
+    second call is timed."""
     model = Model(folder, device, DTYPES[args.dtype], args.t5)
     model.vae.disable_slicing()
     pipeline = model.pipeline.to(device)
     eta = {} if model.prediction_type == "flow" else {"eta": args.eta}
+    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance} | eta
     for _ in range(2):
         generators = [torch.Generator().manual_seed(i) for i in range(args.sample_batch)]
         start = now(device)
-        pipeline(
-            (prompts * args.sample_batch)[: args.sample_batch],
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            generator=generators,
-            **eta,
-        )
+        pipeline((prompts * args.sample_batch)[: args.sample_batch], generator=generators, **options)
         seconds = now(device) - start
     return {"phase": "stock pipeline call", "seconds": [seconds]} | peak_memory(device)
 
@@ -315,26 +347,26 @@ def stock_call(folder: str, prompts: list[str], args, device: str) -> dict:
 # ---------------------------------------------------------------- checks
 
 
-def check_pictures(folder: str, prompts: list[str], args, device: str, dtype: str) -> str:
+def check_images(folder: str, prompts: list[str], args, device: str, dtype: str) -> str:
     """Our sampler's latents of four steps against the stock pipeline's, in units of their scale."""
     model = Model(folder, device, DTYPES[dtype], args.t5)
     seeds, prompts = [1, 2], prompts[:2]
     flow = model.prediction_type == "flow"
     noise = draw_noise(seeds, 4, model.latent_shape, model.dtype)
-    found = graft.sample(model, noise, model.encode(prompts), args.guidance, 0.0 if flow else args.eta)
+    latents = graft.sample(model, noise, model.encode(prompts), args.guidance, 0.0 if flow else args.eta)
     options = {"num_inference_steps": 4, "guidance_scale": args.guidance, "output_type": "latent"}
     options |= {} if flow else {"eta": args.eta}
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     expected = model.pipeline.to(device)(prompts, generator=generators, **options).images.float()
-    gap, limit = (found - expected).abs().max(), 1e-3
+    kind, gap, limit = "largest", (latents - expected).abs().max(), 1e-3
     if dtype != "float32":  # rounding adds up
-        gap, limit = (found - expected).square().mean().sqrt(), 0.1
+        kind, gap, limit = "RMS", (latents - expected).square().mean().sqrt(), 0.1
     gap = (gap / expected.std()).item()
-    return f"{'ok' if gap <= limit else 'FAILED'}: {'largest' if dtype == 'float32' else 'RMS'} difference {gap:.1e}, limit {limit:g}"
+    return f"{'ok' if gap <= limit else 'FAILED'}: {kind} difference {gap:.1e}, limit {limit:g}"
 
 
 def check_no_wait(folder: str, prompts: list[str], args, device: str) -> str:
-    """Sample while torch refuses whatever makes the host wait for the device, from the first call of the model on."""
+    """Sample while torch refuses all that makes the host wait for the device, from the first call on."""
     model = Model(folder, device, DTYPES[args.dtype], args.t5)
     noise = draw_noise([1], 4, model.latent_shape, model.dtype)
     text, predict = model.encode(prompts[:1]), model.predict
@@ -349,15 +381,17 @@ def check_no_wait(folder: str, prompts: list[str], args, device: str) -> str:
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
-        ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == ROOT]
-        return f"FAILED: waits in {Path(ours[-1].filename).name}, line {ours[-1].lineno}: {ours[-1].line}"
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == ROOT]
+        return (
+            f"FAILED: waits in {Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line}"
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return "ok"
 
 
 def check_run(argv: list[str], device: str, updates: int, limit: float | None = None) -> str:
-    """A short run; limit: bytes that torch may reserve."""
+    """A short run. limit: the bytes that torch may reserve."""
     total = torch.cuda.get_device_properties(0).total_memory
     clean_up()
     torch.cuda.set_per_process_memory_fraction(1.0 if limit is None else min(1.0, limit / total))
@@ -371,7 +405,7 @@ def check_run(argv: list[str], device: str, updates: int, limit: float | None = 
 
 
 def guarded(check, *values) -> str:
-    """Its answer, or that the memory did not suffice."""
+    """The check's answer, or that memory ran out."""
     clean_up()
     try:
         return check(*values)
@@ -379,56 +413,53 @@ def guarded(check, *values) -> str:
         return "FAILED: out of memory"
 
 
-def all_checks(family: dict, folder: str, prompts: list[str], argv: list[str], args, device: str, output: Path) -> dict:
+def all_checks(
+    family: dict, folder: str, prompts: list[str], argv: list[str], args, device: str, output: Path
+) -> dict:
     """{check: "ok", "FAILED: why" or "not measured: why"}"""
-    found = {}
+    answers = {}
     for dtype in ("float32", "bfloat16"):
-        found[f"our pictures = stock pictures, {dtype}"] = guarded(check_pictures, folder, prompts, args, device, dtype)
+        answers[f"our images = stock images, {dtype}"] = guarded(
+            check_images, folder, prompts, args, device, dtype
+        )
     if device == "cpu":
-        gpu_only = ("no wait inside the sampler's loop", "20 updates in float16", "8-bit optimiser", "memory target")
-        return found | {name: "not measured: needs CUDA" for name in gpu_only}
-    found["no wait inside the sampler's loop"] = guarded(check_no_wait, folder, prompts, args, device)
+        gpu_only = ("no wait inside the sampler's loop", "20 updates in float16", "memory target")
+        return answers | {name: "not measured: needs CUDA" for name in gpu_only}
+    answers["no wait inside the sampler's loop"] = guarded(check_no_wait, folder, prompts, args, device)
     short = [*argv, "--batch", str(2 * args.micro_batch), "--eval_every", "0"]
     half = [*short, "--dtype", "float16", "--steps", "4", "--output", str(output / "half")]
-    found["20 updates in float16"] = guarded(check_run, half, device, 20)
-    if importlib.util.find_spec("bitsandbytes"):
-        eight = [*short, "--optimizer_8bit", "--steps", "4", "--output", str(output / "eight")]
-        found["8-bit optimiser"] = guarded(check_run, eight, device, 3)
-    else:
-        found["8-bit optimiser"] = "not measured: bitsandbytes is not installed"
+    answers["20 updates in float16"] = guarded(check_run, half, device, 20)
     if family["target"]:
         clean_up()
         free, total = torch.cuda.mem_get_info()
-        outside = total - free - torch.cuda.memory_reserved()  # CUDA's own, and of other programs if there are any
+        outside = total - free - torch.cuda.memory_reserved()  # CUDA's own, and other programs'
         limit = family["target"] * GB - outside
         result = guarded(check_run, [*short, "--output", str(output / "fits")], device, 2, limit)
         verdict = "met" if result.startswith("ok") else "missed"
-        found["memory target"] = f"{verdict}: {family['target']:g} GB, of which {outside / GB:.2f} are outside torch; {result}"
-    return found
+        target = f"{family['target']:g} GB, of which {outside / GB:.2f} are outside torch"
+        answers["memory target"] = f"{verdict}: {target}; {result}"
+    return answers
 
 
 # ---------------------------------------------------------------- one family
 
 
 def measure(name: str, options, rate: float) -> dict:
-    """Everything about one family."""
+    """The record of one family. rate: FLOP/s of the device."""
     family, device = FAMILIES[name], options.device
-    prompts = (ROOT / "shapes" / "prompts_train.txt").read_text().splitlines()
+    prompts = read_prompts(TRAIN_PROMPTS, "")
     with tempfile.TemporaryDirectory() as files:
         files = Path(files)
         save_pipeline(name, files / "model", device, options.tiny)
         clean_up()
         folder = str(files / "model")
-        (files / "prompts.txt").write_text("\n".join(prompts[: options.pictures]) + "\n")
+        (files / "prompts.txt").write_text("\n".join(prompts[: options.images]) + "\n")
         (files / "held_out.txt").write_text("\n".join(prompts[-2:]) + "\n")
-        argv = ["--model", folder, *family["flags"].split(), "--device", device]
-        argv += ["--prompts", str(files / "prompts.txt"), "--eval_prompts", str(files / "held_out.txt"), "--eval_samples", "2"]
-        argv += ["--reward", "jpeg_compressibility", "--accept_flat", "--rounds", "1", "--samples", "2"]
-        argv += [
-            "--prompts_per_round",
-            str(options.pictures // 2),
-            *(["--steps", str(options.steps)] if options.steps else []),
-        ]
+        argv = ["--model", folder, *family["flags"].split(), "--device", device, "--eval_samples", "2"]
+        argv += ["--prompts", str(files / "prompts.txt"), "--eval_prompts", str(files / "held_out.txt")]
+        argv += "--reward jpeg_compressibility --rule none --rounds 1 --samples 2".split()
+        argv += ["--prompts_per_round", str(options.images // 2)]
+        argv += ["--steps", str(options.steps)] if options.steps else []
         argv += "--batch 2 --lora_rank 2".split() if options.tiny else []
         run = [*argv, "--updates", str(options.updates), "--output", str(files / "run")]
         args, phases = run_graft(run, device)
@@ -437,29 +468,40 @@ def measure(name: str, options, rate: float) -> dict:
         clean_up()
         flops = flops_of(folder, args, device)
         checks = all_checks(family, folder, prompts, argv, args, device, files)
-    calls = 1 if args.guidance == 1 else 2  # of the model, a step or a picture
-    per_picture = args.steps * calls * flops["call"] + flops["decode"]
+    calls = 1 if args.guidance == 1 else 2  # of the model, in a step
+    per_image = args.steps * calls * flops["call"] + flops["decode"]
     for phase in phases:
         seconds = phase.pop("seconds")
-        count, work = args.sample_batch, args.sample_batch * per_picture
-        phase["per_second_of"] = "pictures"
+        count, work = args.sample_batch, args.sample_batch * per_image
+        phase["per_second_of"] = "images"
         if phase["phase"].startswith("update"):
             count, work, phase["per_second_of"] = 1, args.batch * calls * flops["train"], "updates"
         if seconds:
             mean = sum(seconds) / len(seconds)
             phase |= {"per_second": count / mean, "share_of_matrix_rate": work / mean / rate}
-    settings = {key: getattr(args, key) for key in "dtype steps guidance eta sample_batch batch micro_batch lora_rank".split()}
-    return {"flags": family["flags"], "settings": settings, "flops": flops, "phases": phases, "checks": checks}
+    names = "dtype steps guidance eta sample_batch batch micro_batch lora_rank".split()
+    settings = {name: getattr(args, name) for name in names}
+    return {
+        "flags": family["flags"],
+        "settings": settings,
+        "flops": flops,
+        "phases": phases,
+        "checks": checks,
+    }
 
 
 def show(name: str, record: dict) -> None:
     """Print one family's tables."""
     print(f"\n{name}: graft.py {record['flags']}")
     print(f"  {record['settings']}")
-    print(f"  TFLOP of a call {record['flops']['call'] / 1e12:.3g}, with gradient {record['flops']['train'] / 1e12:.3g}")
+    call, train = (record["flops"][name] / 1e12 for name in ("call", "train"))
+    print(f"  TFLOP of a call {call:.3g}, with gradient {train:.3g}")
     print(f"  {'phase':<24}{'allocated GB':>13}{'reserved GB':>13}{'a second':>20}{'of matrix rate':>16}")
     for phase in record["phases"]:
-        memory = [f"{phase[key]:.2f}" if phase[key] is not None else "not measured" for key in ("allocated", "reserved")]
+        memory = [
+            f"{phase[key]:.2f}" if phase[key] is not None else "not measured"
+            for key in ("allocated", "reserved")
+        ]
         speed = f"{phase['per_second']:.3g} {phase['per_second_of']}" if "per_second" in phase else ""
         share = f"{phase['share_of_matrix_rate']:.1%}" if "per_second" in phase else ""
         print(f"  {phase['phase']:<24}{memory[0]:>13}{memory[1]:>13}{speed:>20}{share:>16}")
@@ -468,33 +510,33 @@ def show(name: str, record: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--steps", type=int, default=0, help="of the sampler (0: those of the family)")
-    parser.add_argument(
-        "--pictures", type=int, default=24, help="that the round samples, a multiple of 8, timed but for the first batch"
-    )
-    parser.add_argument("--updates", type=int, default=4, help="timed, but for the first")
+    parser.add_argument("--steps", type=int, default=0, help="of the sampler; 0: those of the family")
+    parser.add_argument("--images", type=int, default=24, help="that the round samples, a multiple of 8")
+    parser.add_argument("--updates", type=int, default=4, help="all but the first are timed")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shrunk models")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device found; --tiny --device cpu shows that the script works")
-    if options.pictures < 16 or options.pictures % 8 or options.updates < 2:
-        parser.error("--pictures must be a multiple of 8 and at least 16, --updates at least 2")
+    if options.images < 16 or options.images % 8 or options.updates < 2:
+        parser.error("--images must be a multiple of 8 and at least 16, --updates at least 2")
     rate = matrix_rate(options.device, 256 if options.tiny else 8192)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     result = {"device": device, "torch": torch.__version__, "tiny": options.tiny, "families": {}}
-    if options.out.is_file():  # of families measured before, if on the same device
+    if options.out.is_file():  # keep the other families, if measured on the same device
         stored = json.loads(options.out.read_text())
-        result["families"] = stored["families"] if all(stored[k] == result[k] for k in ("device", "torch", "tiny")) else {}
+        if all(stored[name] == result[name] for name in ("device", "torch", "tiny")):
+            result["families"] = stored["families"]
     result["matrix_rate_teraflops"] = rate / 1e12
     print(f"{device}, torch {torch.__version__}: bfloat16 matrix rate {rate / 1e12:.4g} TFLOP/s")
     for name in options.families:
         result["families"][name] = measure(name, options, rate)
         show(name, result["families"][name])
-        rewards.write_atomically(options.out, json.dumps(result, indent=1) + "\n")
+        write_json(options.out, result)
 
 
 if __name__ == "__main__":

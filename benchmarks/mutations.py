@@ -1,9 +1,13 @@
-"""Do the tests catch wrong equations? Each mutation changes one place of one function in a copy of the repository (a sign, an index,
-a level, a weight, a clamp, a normaliser, who wins a tie) and the tests named beside it must fail; unchanged they must pass.
+"""Do the tests catch wrong equations? Each mutation changes one place of one function in a copy of the
+repository: a sign, an index, a level, a weight, a clamp, a normaliser, who wins a tie. The tests named beside
+it must then fail. Without the change they must pass.
 
-Run: OMP_NUM_THREADS=1 python benchmarks/mutations.py                (all, some ten minutes on one core; --jobs 2 runs two at a time)
-     OMP_NUM_THREADS=1 python benchmarks/mutations.py --only accept  (those whose file, function or texts contain the word)
-Result: a table, and benchmarks/results/mutations.json, in which --only replaces its rows; exit code 1 if a mutation survives.
+Run: OMP_NUM_THREADS=1 python benchmarks/mutations.py
+     Options: --only WORD  only mutations whose file, function, tests or texts contain the word
+              --rest       only those that the stored result lacks, or that survived
+              --jobs 2     two at a time
+All take some fifteen minutes on one core. Result: benchmarks/results/mutations.json, in which --only and
+--rest replace their rows. Exit code 1 if a mutation survives.
 """
 
 import argparse
@@ -26,7 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "mutations.json"
-PRELOAD = [
+LIMIT = 600  # seconds for the tests of one mutation
+PRELOAD = [  # imported once, before the processes of the tests are forked
     "pytest",
     "torch",
     "tyro",
@@ -35,17 +40,19 @@ PRELOAD = [
     "peft",
     "safetensors.torch",
     "torch.utils.flop_counter",
+    "transformers.models.clip.modeling_clip",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
 ]
-PRELOAD += ["transformers.models.clip.modeling_clip", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"]
-LIMIT = 600  # seconds for the tests of one mutation
 
-EQUATIONS, PGRAFT, NOISE = "tests/test_equations.py", "tests/test_pgraft.py", "tests/test_noise_ppo.py"
-INVERSE, PIPELINE, FAMILIES = "tests/test_inverse_noise_correction.py", "tests/test_pipeline.py", "tests/test_families.py"
+EQUATIONS, RUN, PIPELINE = "tests/test_equations.py", "tests/test_run.py", "tests/test_pipeline.py"
+PGRAFT, NOISE = "tests/test_pgraft.py", "tests/test_noise_ppo.py"
+INVERSE, FAMILIES = "tests/test_inverse_noise_correction.py", "tests/test_families.py"
 REWARDS, MODELS, DDPO = "tests/test_rewards.py", "tests/test_reward_models.py", "tests/test_ddpo.py"
-TWO_STEPS = "tests/test_pipeline.py -k 'test_sample_equals_stock_pipeline and 4'"
+TWO_STEPS = f"{PIPELINE} -k 'test_sample_equals_stock_pipeline and 4'"
+CHEAP_FIRST = (EQUATIONS, REWARDS, DDPO, PIPELINE, INVERSE, NOISE, PGRAFT, MODELS, FAMILIES, RUN)
 
-# {(file, function, test files and -k): [(old, new)]}; old stands once in the function. accept, _rank and
-# guided_prediction, the copies in pgraft.py, are compared with graft.py's by a test, so that they are changed in graft.py alone.
+# {(file, function, test file and -k): [(old, new)]}; `old` stands once in the function. The blocks that
+# pgraft.py shares with graft.py are compared by a test, so they are changed in graft.py alone.
 TABLE = {
     # ------------------------------------------------------------ GRAFT
     ("graft.py", "accept", f"{EQUATIONS} -k 'topk or quantiles'"): [
@@ -53,12 +60,14 @@ TABLE = {
     ],
     ("graft.py", "accept", f"{EQUATIONS} -k preference"): [
         ("chance.reshape(-1, size)) < best", "chance.reshape(-1, size)) >= best"),
-        ("chance.reshape(-1, size))", "torch.zeros(len(groups), size))"),  # ties by index
         ("else (2, 1)", "else (2, 2)"),
+    ],
+    ("graft.py", "accept", f"{EQUATIONS} -k 'equal_rewards or ties'"): [
+        ("chance.reshape(-1, size))", "torch.zeros(len(groups), size))"),  # ties by index
     ],
     ("graft.py", "accept", f"{EQUATIONS} -k flat"): [
         ("groups != groups[:, :1]", "groups == groups[:, :1]"),
-        ("mask & ((groups", "mask | ((groups"),
+        ("mask & (groups", "mask | (groups"),
         (".any(1, keepdim=True)", ".all(1, keepdim=True)"),
     ],
     ("graft.py", "accept", f"{EQUATIONS} -k exponential"): [
@@ -67,11 +76,8 @@ TABLE = {
         ("rewards.max(1, keepdim=True).values", "rewards.max()"),
         ("rewards.max(1, keepdim=True).values", "rewards.mean(1, keepdim=True)"),
     ],
-    ("graft.py", "accept", f"{EQUATIONS} -k threshold"): [("mask = rewards >= threshold", "mask = rewards > threshold")],
-    ("graft.py", "accept", f"{EQUATIONS} -k 'keys or copies'"): [
-        ("rank[:, None, :] < rank[:, :, None]", "rank[:, None, :] > rank[:, :, None]"),
-        ("mask[:, None, :] & same", "same"),
-        ("torch.rand(rewards.shape, generator=generator).to(rewards.device))", "torch.arange(samples).expand_as(rewards))"),
+    ("graft.py", "accept", f"{EQUATIONS} -k threshold"): [
+        ("return rewards >= threshold", "return rewards > threshold")
     ],
     ("graft.py", "_rank", f"{EQUATIONS} -k 'equal_rewards or ties'"): [
         ("order = chance.argsort(1)", "order = torch.arange(chance.shape[1]).expand_as(chance)"),
@@ -80,23 +86,24 @@ TABLE = {
         ("descending=True", "descending=False"),
         ("return order.argsort(1)", "return order"),
     ],
-    ("rewards.py", "reshaped_reward", f"{EQUATIONS} -k 'reshaped_reward or quantiles or implied_kl'"): [
+    ("graft.py", "reshaped_reward", f"{EQUATIONS} -k 'reshaped_reward or quantiles or implied_kl'"): [
         ("u ** (num_samples - 1 - j)", "u ** (num_samples - j)"),
         ("math.comb(num_samples - 1, j)", "math.comb(num_samples, j)"),
         ("(1 - u) ** j", "(1 - u)"),
         ("range(top_k)", "range(top_k + 1)"),
     ],
-    ("rewards.py", "implied_kl", f"{EQUATIONS} -k implied_kl"): [
+    ("graft.py", "implied_kl", f"{EQUATIONS} -k implied_kl"): [
         ("- (num_samples - 1) / num_samples", "- num_samples / (num_samples + 1)"),
         ("- (num_samples - 1) / num_samples", "+ (num_samples - 1) / num_samples"),
         ("num_samples / top_k *", "num_samples *"),
     ],
-    ("rewards.py", "estimated_kl", f"{EQUATIONS} -k estimated_kl"): [
+    ("graft.py", "estimated_kl", f"{EQUATIONS} -k estimated_kl"): [
         ("implied_kl(2, 1)", "implied_kl(rewards.shape[1], 1)"),
         ("chance.mean(1, keepdim=True)", "chance.mean()"),
         ("chance.mean(1, keepdim=True)", "chance.sum(1, keepdim=True)"),
         ("(rewards >= threshold)", "(rewards > threshold)"),
         ("/ beta)", "* beta)"),
+        ("[chance.sum(1) > 0]", ""),
     ],
     ("graft.py", "training_target", f"{EQUATIONS} -k 'training_target or regress'"): [
         ("x_t = alpha_t * x_0 + sigma_t * noise", "x_t = sigma_t * x_0 + alpha_t * noise"),
@@ -128,20 +135,17 @@ TABLE = {
         (".square().mean()", ".abs().mean()"),
         ("model, x_t, t, text", "model, x_0, t, text"),
     ],
-    ("rewards.py", "schedule_prompts", f"{EQUATIONS} -k schedule"): [
-        ("divmod(r, count // per_round)", "divmod(r, count // per_round + 1)"),
-        ("[place * per_round :", "[0:"),
-        ('"prompts", order))', '"prompts", 0))'),
-    ],
-    ("rewards.py", "paired_table", f"{EQUATIONS} -k paired_table"): [
-        ("change.std() / len(change) ** 0.5", "change.std()"),
-        ("tuned[name] - base[name]", "base[name] - tuned[name]"),
+    ("graft.py", "shard_rows", f"{RUN} -k 'shards and topk'"): [("slice(int(i) - 1,", "slice(int(i),")],
+    ("graft.py", "sampled_row", f"{RUN} -k flat_groups"): [
+        ("groups.amax(2) == groups.amin(2)", "groups.amax(2) != groups.amin(2)"),
+        ("rewards.flatten()[index]", "rewards.flatten()"),
+        ("/ rewards.numel()", "/ len(rewards)"),
     ],
     # ------------------------------------------------------------ P-GRAFT
     ("pgraft.py", "shaped_target", f"{PGRAFT} -k 'regression or clean_end'"): [
         ("a = alpha_t / alpha_s", "a = alpha_t"),
         ("(a * sigma_s) ** 2", "sigma_s**2"),
-        ("of_noise, of_x_s = sigma_t / b, 0 * a", "of_noise, of_x_s = b / sigma_t, 0 * a"),
+        ("noise_factor, x_s_factor = sigma_t / b, 0 * a", "noise_factor, x_s_factor = b / sigma_t, 0 * a"),
         ("sigma_t * a / (b * alpha_s)", "sigma_t / (b * alpha_s)"),
         ("-sigma_t / alpha_s", "sigma_t / alpha_s"),
         ("alpha_t * (sigma_s / alpha_s) ** 2", "alpha_t * (sigma_s / alpha_s)"),
@@ -160,7 +164,9 @@ TABLE = {
         ("(n - 1) / n *", "1 / n *"),
         ("(total.sum() - total)", "total.sum()"),
     ],
-    ("pgraft.py", "switch_step", f"{PGRAFT} -k test_switch_step"): [("t > switch_timestep", "t >= switch_timestep")],
+    ("pgraft.py", "switch_step", f"{PGRAFT} -k test_switch_step"): [
+        ("t > switch_timestep", "t >= switch_timestep")
+    ],
     ("pgraft.py", "sample", f"{PGRAFT} -k composition"): [
         ("noise[switch_at + 1 :]", "noise[switch_at:]"),
         (
@@ -168,7 +174,10 @@ TABLE = {
             "noise[0], levels[:switch_at], noise[1 : switch_at + 1]",
         ),
         ("model.lora_merged() if tuned else model.lora_off()", "model.lora_off()"),
-        ("return x_s, denoise(model, x_s, levels[switch_at:]", "return x_s, denoise(model, noise[0], levels[switch_at:]"),
+        (
+            "return x_s, denoise(model, x_s, levels[switch_at:]",
+            "return x_s, denoise(model, noise[0], levels[switch_at:]",
+        ),
     ],
     ("pgraft.py", "denoise", f"{PGRAFT} -k without_the_tuned_model"): [
         ("(x - sigma * prediction) / alpha, prediction", "x - sigma * prediction, prediction"),
@@ -185,9 +194,27 @@ TABLE = {
         ("denoise(model, x, levels[step:]", "denoise(model, noise[0], levels[step:]"),
         ("noise[before + 1 : step + 1]", "noise[before : step + 1]"),
     ],
-    ("rewards.py", "recommend", f"{PGRAFT} -k recommendation"): [
+    ("pgraft.py", "recommend", f"{PGRAFT} -k recommendation"): [
         ('row["unresolved"] + row["se"] <= limit', 'row["unresolved"] <= limit'),
         ("for row in rows:", "for row in rows[::-1]:"),
+        ('return rows[-1]["timestep"]', 'return rows[0]["timestep"]'),
+    ],
+    ("pgraft.py", "save_switch", f"{FAMILIES} -k 'switch_in_the_stock and sd3'"): [
+        ('"sigma": sigma', '"sigma": alpha'),
+        ('"switch_timestep": timestep,', '"switch_timestep": timestep / 2,'),
+    ],
+    ("pgraft.py", "usage_code", f"{PGRAFT} -k printed_code"): [
+        (', ", callback_on_step_end=base_from_the_switch_on")', ")")
+    ],
+    ("pgraft.py", "main", f"{PGRAFT} -k data_and_levels"): [
+        ("draw_timesteps(args.batch, generator, switch)", "draw_timesteps(args.batch, generator)"),
+        ('if args.data == "xs" else (1.0, 0.0)', "if True else (1.0, 0.0)"),
+        ('a["x_s" if args.data == "xs" else "x_0"]', 'a["x_s"]'),
+        ("< args.prompt_dropout", "> args.prompt_dropout"),
+        ("args.guidance if args.guided_loss else 1", "1"),
+    ],
+    ("pgraft.py", "main", f"{PGRAFT} -k levels_next_to"): [
+        ("switch = grid[switch_at]", "switch = grid[switch_at - 1]")
     ],
     # ------------------------------------------------------------ Noise PPO
     ("noise_ppo.py", "log_prob", f"{NOISE} -k log_prob"): [
@@ -217,7 +244,16 @@ TABLE = {
         ("/ count)[place]", "/ len(values))[place]"),
     ],
     ("noise_ppo.py", "advantages", f"{NOISE} -k do_not_differ"): [(".clamp(min=1e-6)", "")],
-    ("rewards.py", "explained_variance", f"{NOISE} -k explained_variance"): [("* samples / (samples - 1)", "")],
+    ("noise_ppo.py", "explained_variance", f"{NOISE} -k explained_variance"): [
+        ("* samples / (samples - 1)", ""),
+        ("residual.square().mean()", "residual.abs().mean()"),
+    ],
+    ("noise_ppo.py", "policy_statistics", f"{NOISE} -k 'policy_statistics or approximate_kl'"): [
+        ("0.5 * log_ratio.square()", "log_ratio.square()"),
+        ("log_ratio.square().mean()", "log_ratio.mean().square()"),
+        ("/ mean[0].numel()", "/ mean.numel()"),
+        ("mean - mean.mean(0)", "mean - mean.mean()"),
+    ],
     ("noise_ppo.py", "NoisePolicy.forward", f"{NOISE} -k 'standardised_text or options_say'"): [
         ("- self.centre) * self.scale", "- self.centre)"),
         ("log_std * self.learn_std", "log_std * self.learn_mean"),
@@ -227,18 +263,38 @@ TABLE = {
         ("alpha * prediction + sigma * x", "alpha * prediction - sigma * x"),
         ("alpha_next * x_0 + sigma_next * eps", "alpha * x_0 + sigma_next * eps"),
     ],
+    ("noise_ppo.py", "denoise", f"{FAMILIES} -k same_steps"): [
+        ("x - sigma * prediction, x + alpha * prediction", "x - sigma * prediction, x - alpha * prediction"),
+    ],
     ("noise_ppo.py", "sample", f"{NOISE} -k 'equals_stock and 4'"): [("(steps), -1]", "(steps), 0]")],
     ("noise_ppo.py", "sample", f"{NOISE} -k with_a_lora"): [
         ("t > switch", "t >= switch"),
         ("levels[: tuned + 1]", "levels[:tuned]"),
         ("model.lora_off()", "model.lora_merged()"),
     ],
-    ("noise_ppo.py", "denoise", f"{FAMILIES} -k same_steps"): [
-        ("x - sigma * prediction, x + alpha * prediction", "x - sigma * prediction, x - alpha * prediction"),
-    ],
     ("noise_ppo.py", "evaluate", f"{NOISE} -k test_evaluate"): [
         ("log_std.exp().cpu()", "log_std.cpu()"),
         (".amax(2).mean(1)", ".mean(2).mean(1)"),
+    ],
+    ("noise_ppo.py", "final_evaluation", f"{NOISE} -k test_controls"): [
+        ("max(reward_by_s, key=reward_by_s.get)", "min(reward_by_s, key=reward_by_s.get)"),
+        ("zero + math.log(s)", "zero + s"),
+        ("part.mean(0, keepdim=True)", "part[:1]"),
+        ("sorted(set(prompts))", "sorted(set(held_out))"),
+    ],
+    ("noise_ppo.py", "steps_row", f"{NOISE} -k 'other_ways and guidance'"): [
+        ("2 if args.guidance > 1 else 1", "1")
+    ],
+    ("noise_ppo.py", "usage_code", f"{NOISE} -k tuned_model"): [
+        ('pipe.load_lora_weights({str(Path(args.lora).resolve())!r})"', '"'),
+        ('callback = ", callback_on_step_end=base_from_the_switch_on"', 'callback = ""'),
+    ],
+    ("noise_ppo.py", "main", f"{NOISE} -k updates_of_a_run"): [
+        ("(1 - it / args.iterations)", "1"),
+        ('z[0].numel() if args.reduction == "mean" else 1', "z[0].numel()"),
+        ("old[index], advantage[index]", "old[index], reward[index]"),
+        ("+ args.kl_weight * kl", "- args.kl_weight * kl"),
+        ("z = old_mean + old_log_std.exp() * eps", "z = old_mean + eps"),
     ],
     # ------------------------------------------------------------ Inverse Noise Correction
     ("inverse_noise_correction.py", "euler_sample", f"{INVERSE} -k is_the_loop"): [
@@ -250,17 +306,21 @@ TABLE = {
         ("now.expand(len(active))", "after.expand(len(active))"),
         ("length[1] / length[0]", "length[0] / length[1]"),
     ],
-    ("inverse_noise_correction.py", "euler_invert", f"{INVERSE} -k 'residual or expanding or iterations_are'"): [
+    (
+        "inverse_noise_correction.py",
+        "euler_invert",
+        f"{INVERSE} -k 'residual or expanding or iterations_are'",
+    ): [
         ("torch.maximum(residual[tried], change[tried])", "change[tried]"),
         (".square().mean(1).sqrt()", ".square().sum(1).sqrt()"),
-        ("residual <= tolerance, contraction", "residual >= 0, contraction"),
+        ("converged = residual <= tolerance", "converged = residual >= 0"),
     ],
     ("inverse_noise_correction.py", "anderson", f"{INVERSE} -k acceleration"): [
         ("moves[:, 1] - moves[:, 0]", "moves[:, 1]"),
         ("return new - (moves[:, 1]", "return new + (moves[:, 1]"),
         ("change @ (new - old)", "change @ (old - new)"),
     ],
-    ("inverse_noise_correction.py", "interpolant", f"{INVERSE} -k 'test_interpolant or only_if_the_law'"): [
+    ("inverse_noise_correction.py", "interpolant", f"{INVERSE} -k 'test_interpolant or zero_only_for'"): [
         ("angle.cos() * w - angle.sin() * eps", "angle.cos() * w + angle.sin() * eps"),
         ("angle.cos() * eps + angle.sin() * w", "angle.sin() * eps + angle.cos() * w"),
         ("angle = 0.5 * math.pi", "angle = math.pi"),
@@ -273,32 +333,108 @@ TABLE = {
     ("inverse_noise_correction.py", "gaussian_of", f"{INVERSE} -k is_the_control"): [
         ("vectors / values", "vectors * values"),
         (".sqrt()", ""),
-        ("flat.mean(0), ", "0 * flat.mean(0), "),
+        ('"mean": flat.mean(0)', '"mean": 0 * flat.mean(0)'),
     ],
     ("inverse_noise_correction.py", "match_norms", f"{INVERSE} -k match_norms"): [
         ("length.square() / 2", "length.square()"),
         ("quantile) / length)", "quantile))"),
     ],
-    ("inverse_noise_correction.py", "Corrector.velocity", f"{INVERSE} -k 'told_the_norm or is_the_control'"): [
+    ("inverse_noise_correction.py", "flow_loss", f"{INVERSE} -k test_flow_loss"): [
+        ("- (eps - x)", "- (x - eps)"),
+        ("(1 - level) * x + level * eps", "level * x + (1 - level) * eps"),
+    ],
+    ("inverse_noise_correction.py", "frechet_distance", f"{INVERSE} -k frechet_distance"): [
+        ("- 2 * cross", "- cross"),
+        ("a.var(0).sum() + b.var(0).sum()", "a.var(0).sum() + a.var(0).sum()"),
+        ("a.mean(0) - b.mean(0)", "a.mean(0) + b.mean(0)"),
+        ("root @ torch.cov(b.T)", "torch.cov(b.T)"),
+    ],
+    ("inverse_noise_correction.py", "noise_statistics", f"{INVERSE} -k noise_statistics"): [
+        ("square.sqrt().mean()", "square.mean().sqrt()"),
+        ("(z - z.mean(0)) / z.std(0)", "z / z.std(0)"),
+        ("centred**4", "centred**2"),
+        ("(centred.square() - 1) / centred.square().std()", "centred.square() / centred.square().std()"),
+        ("values[..., lag:] * values[..., :-lag]", "values[..., 1:] * values[..., :-1]"),
+    ],
+    ("inverse_noise_correction.py", "new_network", f"{INVERSE} -k is_the_control"): [
+        ("torch.nn.init.zeros_(parameter)", "torch.nn.init.ones_(parameter)")
+    ],
+    ("inverse_noise_correction.py", "count_flops", f"{INVERSE} -k count_flops"): [
+        ("sdpa_kernel(SDPBackend.MATH), ", "")
+    ],
+    (
+        "inverse_noise_correction.py",
+        "Corrector.velocity",
+        f"{INVERSE} -k 'told_the_norm or is_the_control'",
+    ): [
         ("return a + b * y", "return a"),
         ("1000 * (1 - t)", "1000 * t"),
         ("(square - 1)", "square"),
     ],
     ("inverse_noise_correction.py", "Corrector.standardise", f"{INVERSE} -k is_the_control"): [
-        ('- self.law["mean"]', '+ self.law["mean"]'),
+        ('- self.gaussian["mean"]', '+ self.gaussian["mean"]'),
         ('z / self.settings["scale"]', 'z * self.settings["scale"]'),
     ],
     ("inverse_noise_correction.py", "Corrector.destandardise", f"{INVERSE} -k is_the_control"): [
-        ('self.law["mean"] + w', "w"),
+        ('self.gaussian["mean"] + w', "w"),
     ],
-    ("shapes/flow.py", "flow_loss", f"{INVERSE} -k test_flow_loss"): [
-        ("- (eps - x)", "- (x - eps)"),
-        ("(1 - level) * x + level * eps", "level * x + (1 - level) * eps"),
+    ("inverse_noise_correction.py", "read_settings", f"{INVERSE} -k refuses_another"): [
+        ('sigmas != settings["sigmas"]', "False"),
+        ('model_hash(network) != settings["model_hash"]', "False"),
     ],
+    ("inverse_noise_correction.py", "fit", f"{INVERSE} -k test_fit"): [
+        ("min(1, (i + 1) / 100)", "1"),
+        ("math.cos(math.pi * i / updates)", "math.cos(math.pi * (i + 1) / updates)"),
+        ("derived_seed(*key, i)", "derived_seed(*key, 0)"),
+        ("(i + 1) / (i + 10)", "i / (i + 10)"),
+        ("parameters, 1.0)", "parameters, 2.0)"),
+        ("p.data for p in parameters], average)", "p.data for p in parameters], parameters)"),
+        ("network.load_state_dict(weights)", "pass"),
+    ],
+    ("inverse_noise_correction.py", "flow_objective", f"{INVERSE} -k test_flow_objective"): [
+        ("torch.rand(batch, generator=generator)", "torch.rand(batch, generator=generator) ** 2"),
+        ("torch.randint(len(images),", "torch.randint(batch,"),
+    ],
+    ("inverse_noise_correction.py", "update_flops", f"{INVERSE} -k test_results"): [(".backward()", "")],
     ("inverse_noise_correction.py", "train_corrector", f"{INVERSE} -k best_held_out"): [
         ('if value < state["best"]', 'if value > state["best"]'),
+        ('load_state_dict(state["final"])', 'load_state_dict(state["weights"])'),
     ],
-    # ------------------------------------------------------------ shared
+    ("inverse_noise_correction.py", "train_corrector", f"{INVERSE} -k learnt_corrector"): [
+        ("- target).square()", "+ target).square()"),
+        ("/ (4 * len(held_out))", "/ len(held_out)"),
+    ],
+    ("inverse_noise_correction.py", "invert_images", f"{INVERSE} -k failed_images"): [
+        ("inversion.noise[inversion.converged]", "inversion.noise[: inversion.converged.sum()]"),
+        ("args.max_failed * len(images)", "args.max_failed * len(x)"),
+    ],
+    ("inverse_noise_correction.py", "check_inverted", f"{INVERSE} -k failed_images"): [
+        ("failed > most", "failed > 2 * most")
+    ],
+    ("inverse_noise_correction.py", "inversion_report", f"{INVERSE} -k failed_images"): [
+        ("images - inverted", "inverted"),
+        ("error.mean()", "error.max()"),
+    ],
+    ("inverse_noise_correction.py", "split_images", f"{INVERSE} -k test_load_images"): [
+        ("return images[:count], images[count:]", "return images[:count], images"),
+    ],
+    ("inverse_noise_correction.py", "add_data_noise", f"{INVERSE} -k test_load_images"): [
+        ("+ std *", "+ std**2 *"),
+    ],
+    ("inverse_noise_correction.py", "evaluate", f"{INVERSE} -k test_results"): [
+        ("initial_noise(eps), sigmas)", "eps, sigmas)"),
+        ('derived_seed("eval", number)', 'derived_seed("eval", number + 1)'),
+    ],
+    ("inverse_noise_correction.py", "main", f"{INVERSE} -k test_results"): [
+        ("noises.square().mean().sqrt()", "noises.square().mean()"),
+        ("math.ceil(corrected_flops / call_flops)", "math.floor(corrected_flops / call_flops)"),
+        ("sum(training_flops.values())", 'training_flops["corrector"]'),
+        ("match_norms(eps, norms)", "eps"),
+    ],
+    ("inverse_noise_correction.py", "main", f"{INVERSE} -k other_grid"): [
+        ("args.grid_power if k == n else 1.0", "args.grid_power"),
+    ],
+    # ------------------------------------------------------------ models
     ("common.py", "Model.alpha_sigma", TWO_STEPS): [
         ("abar.sqrt(), (1 - abar).sqrt()", "abar, 1 - abar"),
         ("(1 - abar).sqrt()", "(1 - abar)"),
@@ -314,23 +450,65 @@ TABLE = {
         ("sigma / (shift - (shift - 1) * sigma)", "sigma"),
         ("chance + (1 - chance) *", "chance + chance *"),
     ],
-    ("common.py", "Model.decode", TWO_STEPS): [("/ self.vae.config.scaling_factor", "* self.vae.config.scaling_factor")],
+    ("common.py", "Model.split", f"{FAMILIES} -k 'both_reach and sd3'"): [
+        ("text[:, self.tokens :].flatten(1)", "text[:, : self.tokens].flatten(1)"),
+    ],
+    ("common.py", "Model.decode", TWO_STEPS): [
+        ("/ self.vae.config.scaling_factor", "* self.vae.config.scaling_factor")
+    ],
     ("common.py", "Model.add_lora", f"{PIPELINE} -k 'lora'"): [("lora_alpha=alpha", "lora_alpha=rank")],
     ("common.py", "Model.save_lora", f"{PIPELINE} -k saved_lora"): [
-        ('_lora_layers": state, **_collate_lora_metadata({self.part: self.denoiser})', '_lora_layers": state'),
+        (
+            '_lora_layers": state, **_collate_lora_metadata({self.part: self.denoiser})',
+            '_lora_layers": state',
+        ),
+    ],
+    ("common.py", "read_switch", f"{FAMILIES} -k another_flow"): [
+        ("abs(sigma - level) < 1e-3", "abs(sigma - level) < 1")
+    ],
+    ("common.py", "stock_call", f"{RUN} -k printed_code"): [
+        ("derived_seed('eval', 0, 0)", "derived_seed('eval', 0, 1)"),
+        ("num_inference_steps={args.steps}", "num_inference_steps={args.steps + 1}"),
+    ],
+    ("common.py", "stock_switch", f"{PGRAFT} -k printed_code"): [
+        ("timesteps > {level}", "timesteps >= {level}")
+    ],
+    ("common.py", "Flow.grid", f"{INVERSE} -k 'equals_the_stock or grid_is_even'"): [
+        ("(k / steps) ** power", "k / steps"),
+        ("range(steps, 0, -1)", "range(steps - 1, -1, -1)"),
+    ],
+    ("common.py", "Flow.velocity", f"{INVERSE} -k equals_the_stock"): [
+        ("sigma * self.scheduler", "(1 - sigma) * self.scheduler")
+    ],
+    ("common.py", "predict_velocity", f"{INVERSE} -k equals_the_stock"): [
+        ("(len(x),), classes,", "(len(x),), classes - 1,")
+    ],
+    ("common.py", "model_hash", f"{INVERSE} -k model_hash"): [
+        (".float().contiguous()", ".half().contiguous()")
     ],
     ("common.py", "derived_seed", f"{EQUATIONS} -k seed"): [
         ("SeedSequence(words)", "SeedSequence(words[:-1])"),
         ("SeedSequence(words)", "SeedSequence([sum(words)])"),
         (" >> np.uint64(1)", ""),
     ],
-    # ------------------------------------------------------------ rewards
-    ("rewards.py", "frechet_distance", f"{INVERSE} -k frechet_distance"): [
-        ("- 2 * cross", "- cross"),
-        ("a.var(0).sum() + b.var(0).sum()", "a.var(0).sum() + a.var(0).sum()"),
-        ("a.mean(0) - b.mean(0)", "a.mean(0) + b.mean(0)"),
-        ("root @ torch.cov(b.T)", "torch.cov(b.T)"),
+    ("common.py", "draw_noise", TWO_STEPS): [
+        ("range(steps + 1)", "range(steps + 2)"),
+        ("torch.stack(draws, 1)", "torch.stack(draws, 1).flip(0)"),
     ],
+    ("common.py", "schedule_prompts", f"{EQUATIONS} -k schedule"): [
+        ("divmod(r, count // per_round)", "divmod(r, count // per_round + 1)"),
+        ("[place * per_round :", "[0:"),
+        ('"prompts", order))', '"prompts", 0))'),
+    ],
+    ("common.py", "check_finite", f"{FAMILIES} -k 'stay_infinite and graft.py-True'"): [
+        ("scaler.get_scale() > 1", "scaler.get_scale() > 1e3")
+    ],
+    ("utils/runs.py", "paired_table", f"{EQUATIONS} -k paired_table"): [
+        ("change.std() / len(change) ** 0.5", "change.std()"),
+        ("tuned[name] - base[name]", "base[name] - tuned[name]"),
+    ],
+    # ------------------------------------------------------------ rewards
+    ("rewards.py", "jpeg_compressibility", f"{REWARDS} -k jpeg"): [("-torch.tensor", "torch.tensor")],
     ("rewards.py", "image_embeddings", f"{MODELS} -k clip_scores"): [
         ("F.normalize(embeddings.float(), dim=1)", "embeddings.float()"),
     ],
@@ -338,7 +516,7 @@ TABLE = {
         (".pooler_output.float(), dim=1)", ".pooler_output.float(), dim=0)")
     ],
     ("rewards.py", "pickscore", f"{MODELS} -k clip_scores"): [
-        (".logit_scale.float().exp()", ".logit_scale.float()"),
+        (".exp()", ""),
         ("scale * cosine", "cosine"),
     ],
     ("rewards.py", "vqa", f"{MODELS} -k 'vqa_score or neither_batch'"): [
@@ -346,10 +524,10 @@ TABLE = {
         ('padding_side="left"', 'padding_side="right"'),
     ],
     ("rewards.py", "Reward.scores", f"{REWARDS} -k weighted_sum"): [("weight * parts[name]", "parts[name]")],
+    ("rewards.py", "image_statistics", f"{REWARDS} -k image_statistics"): [("g.std()", "g.var()")],
     ("rewards.py", "diversity", f"{REWARDS} -k diversity"): [("numel() ** 0.5", "numel()")],
-    ("rewards.py", "average_hash", f"{REWARDS} -k average_hash"): [("cells.mean(1, keepdim=True)", "cells.mean()")],
     # ------------------------------------------------------------ DDPO
-    ("benchmarks/ddpo.py", "step_law", f"{DDPO} -k step_law"): [
+    ("benchmarks/ddpo.py", "step_distribution", f"{DDPO} -k step_distribution"): [
         ("sigma_next**2 - std**2", "sigma_next**2"),
         ("(alpha * sigma_next / alpha_next)", "(sigma_next / alpha_next)"),
     ],
@@ -363,135 +541,137 @@ TABLE = {
         ("rewards.mean(1, keepdim=True)", "rewards.mean()"),
         ("correction=0", "correction=1"),
     ],
-    # ------------------------------------------------------------ statistics of pictures
-    ("rewards.py", "jpeg_compressibility", f"{REWARDS} -k jpeg"): [("-torch.tensor", "torch.tensor")],
-    ("rewards.py", "image_statistics", f"{REWARDS} -k image_statistics"): [("g.std()", "g.var()")],
 }
-NAMES = ("file", "function", "tests", "old", "new")
-MUTATIONS = [(*where, *change) for where, changes in TABLE.items() for change in changes]  # as NAMES says
 
+COLUMNS = ("file", "function", "tests", "old", "new")
+MUTATIONS = [(*where, *change) for where, changes in TABLE.items() for change in changes]  # see COLUMNS
 
 parse = functools.cache(ast.parse)
+clock = count(10**9)  # a new second for every written file: no bytecode of another mutation is used
 
 
-def mutated(source: str, function: str, old: str, new: str) -> str:
-    """The source with `old` replaced in one function ("name" or "Class.name"); ValueError unless it stands there exactly once."""
+def mutate(source: str, function: str, old: str, new: str) -> str:
+    """The source with `old` replaced by `new` in one function, "name" or "Class.name". ValueError unless
+    `old` stands there exactly once, not counting the docstring."""
     node = parse(source)
     for name in function.split("."):
-        found = [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name]
-        if not found:
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        node = next((n for n in node.body if isinstance(n, kinds) and n.name == name), None)
+        if node is None:
             raise ValueError(f"there is no {function}")
-        node = found[0]
     lines = source.splitlines(keepends=True)
     first, last = node.body[0].end_lineno if ast.get_docstring(node) else node.lineno, node.end_lineno
     text = "".join(lines[first:last])
     if text.count(old) != 1:
-        raise ValueError(f"{function} has {text.count(old)} times {old!r}")
+        raise ValueError(f"{function}: {old!r} stands there {text.count(old)} times")
     return "".join(lines[:first]) + text.replace(old, new) + "".join(lines[last:])
 
 
 def run_tests(folder: str, tests: str, queue) -> None:
-    """In a new process: run the tests in the folder; puts (exit code, the first test that failed) into the queue."""
+    """In a new process: run the tests in the folder. Puts (exit code, the first test that failed) into the
+    queue."""
     import pytest
 
-    class Watch:
-        failed = ""
+    class FirstFailure:
+        name = ""
 
         def pytest_runtest_logreport(self, report):
-            self.failed = self.failed or (report.nodeid if report.failed else "")
+            self.name = self.name or (report.nodeid if report.failed else "")
 
     os.chdir(folder)
-    watch = Watch()
+    failure = FirstFailure()
     sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "benchmarks")]
     signal.alarm(LIMIT)
     with open("output.txt", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)], plugins=[watch]))
-    queue.put((code, watch.failed))
+        options = ["-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
+        code = int(pytest.main(options, plugins=[failure]))
+    queue.put((code, failure.name))
 
 
 def outcome(context, folder: Path, tests: str) -> tuple[int, str]:
-    """What run_tests found; tests that do not end have failed."""
+    """What run_tests puts into the queue. Tests that do not end in time have failed. SystemExit if the tests
+    do not run."""
     queue = context.SimpleQueue()
     process = context.Process(target=run_tests, args=(str(folder), tests, queue))
     process.start()
     process.join()
-    if queue.empty() and process.exitcode != -signal.SIGALRM:
-        raise SystemExit(f"{tests}: crashed, exit code {process.exitcode}")
-    return (1, f"no end within {LIMIT} s") if queue.empty() else queue.get()
+    if queue.empty() and process.exitcode == -signal.SIGALRM:
+        return 1, f"no end within {LIMIT} s"
+    code, failed = (process.exitcode, "") if queue.empty() else queue.get()
+    if code != 0 and not (code == 1 and failed):
+        output = (folder / "output.txt").read_text()[-3000:]
+        raise SystemExit(f"{tests}: the tests do not run, exit code {code}\n{output}")
+    return code, failed
 
 
 def copy_repository(folder: Path) -> None:
-    """The files that git knows or would take, without results and pictures."""
-    files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in files.stdout.splitlines():
+    """Copy the files that git tracks or would add, without stored results."""
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    files = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in files.splitlines():
         if (ROOT / name).is_file() and not name.startswith("benchmarks/results"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
 
 
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
+    os.utime(path, (moment := next(clock), moment))
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="a part of the file, function, tests or texts")
-    parser.add_argument("--rest", action="store_true", help="those that the stored result lacks, or that survived")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="")
+    parser.add_argument("--rest", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    begun, stored = time.perf_counter(), json.loads(RESULT.read_text()) if RESULT.exists() else []
-    rows = {tuple(row[name] for name in NAMES): row for row in stored}
+    begin, stored = time.perf_counter(), json.loads(RESULT.read_text()) if RESULT.exists() else []
+    rows = {tuple(row[name] for name in COLUMNS): row for row in stored}
     chosen = [m for m in MUTATIONS if options.only in " ".join(m)]
     if options.rest:
         chosen = [m for m in chosen if not rows.get(m, {}).get("caught_by")]
-    clock = count(10**9)
+    sources = {file: (ROOT / file).read_text() for file in {m[0] for m in chosen}}
+    texts = {m: mutate(sources[m[0]], m[1], *m[3:]) for m in chosen}
 
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(options.jobs) as pool:
-        sources = {file: (ROOT / file).read_text() for file in {m[0] for m in chosen}}
-        free = [Path(temporary) / str(i) for i in range(options.jobs)]
+        free = [Path(temporary) / str(i) for i in range(options.jobs)]  # copies that no thread uses
         for folder in free:
             folder.mkdir()
             copy_repository(folder)
 
-        def write(path, text):  # at a time of its own: bytecode of another mutation is never taken for this one's
-            path.write_text(text)
-            os.utime(path, (moment := next(clock), moment))
-
-        def unchanged(tests):
+        def try_mutation(mutation):
+            file, tests = mutation[0], mutation[2]
             folder = free.pop()
-            code, failed = outcome(context, folder, tests)
-            if code:
-                raise SystemExit(f"unchanged, {tests} must pass: {failed}\n{(folder / 'output.txt').read_text()[-3000:]}")
-            free.append(folder)
-
-        def change(mutation, text):
-            file, function, tests, old, new = mutation
-            folder = free.pop()
-            write(folder / file, text)
-            code, failed = outcome(context, folder, tests)
+            write(folder / file, texts[mutation])
+            _, failed = outcome(context, folder, tests)
             write(folder / file, sources[file])
-            if code not in (0, 1) or (code == 1 and not failed):
-                raise SystemExit(
-                    f"{file}, {function}, {new!r}: the tests do not run\n{(folder / 'output.txt').read_text()[-3000:]}"
-                )
             free.append(folder)
-            return dict(zip(NAMES, mutation)) | {"caught_by": failed}
+            return dict(zip(COLUMNS, mutation)) | {"caught_by": failed}
 
-        for tests in (EQUATIONS, REWARDS, NOISE, INVERSE, PGRAFT, PIPELINE, DDPO, MODELS, FAMILIES):  # the cheap ones first
-            part = [m for m in chosen if m[2].startswith(tests)]
+        for test_file in CHEAP_FIRST:
+            part = [m for m in chosen if m[2].startswith(test_file)]
+            if not part:
+                continue
             expressions = dict.fromkeys(shlex.split(m[2])[2] for m in part)
-            if part:
-                unchanged(f'{tests} -k "({") or (".join(expressions)})"')
-                print(f"{tests}: what is needed of it passes on the unchanged code", flush=True)
-            texts = [mutated(sources[file], function, old, new) for file, function, _, old, new in part]
-            for row in pool.map(change, part, texts):
-                rows[tuple(row[name] for name in NAMES)] = row
+            code, failed = outcome(context, free[0], f'{test_file} -k "({") or (".join(expressions)})"')
+            if code:
+                raise SystemExit(f"{failed} must pass on the unchanged code")
+            print(f"{test_file}: the tests that are used pass on the unchanged code", flush=True)
+            for row in pool.map(try_mutation, part):
+                rows[tuple(row[name] for name in COLUMNS)] = row
                 RESULT.write_text(json.dumps([rows[m] for m in MUTATIONS if m in rows], indent=1) + "\n")
-                verdict = f"caught by {row['caught_by'].removeprefix('tests/')}" if row["caught_by"] else "SURVIVED"
+                verdict = "SURVIVED"
+                if row["caught_by"]:
+                    verdict = f"caught by {row['caught_by'].removeprefix('tests/')}"
                 print("{file} {function}: {old!r} -> {new!r}: {}".format(verdict, **row), flush=True)
     survived = [m for m in chosen if not rows[m]["caught_by"]]
-    print(f"{len(chosen) - len(survived)} of {len(chosen)} mutations caught, {time.perf_counter() - begun:.0f} s")
+    seconds = time.perf_counter() - begin
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} mutations caught, {seconds:.0f} s")
     return int(bool(survived))
 
 
