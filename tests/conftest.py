@@ -1,4 +1,4 @@
-"""Tiny stable diffusion pipelines with random weights, and ways to run the script on them."""
+"""Tiny pipelines with random weights, ways to run the scripts on them, and what several test files assert."""
 
 import contextlib
 import copy
@@ -26,7 +26,6 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
 
 import torch  # noqa: E402
@@ -85,7 +84,7 @@ def build_pipeline(folder: Path, scheduler, dtype=torch.float32) -> str:
         attention_head_dim=4,
         norm_num_groups=4,
     )
-    with torch.no_grad():  # so that pictures have contrast and depend on their prompt
+    with torch.no_grad():  # so that images have contrast and depend on their prompt
         vae.decoder.conv_out.weight *= 1.5
         for name, parameter in unet.named_parameters():
             parameter *= 3 if "attn2" in name else 1
@@ -105,7 +104,7 @@ def tiny_epsilon(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_v(tmp_path_factory) -> str:
-    """Folder of a v-prediction pipeline in half precision with trailing DDIM steps, like the embedded one."""
+    """Folder of a v-prediction pipeline in half precision with trailing DDIM steps, as the embedded one."""
     from diffusers import DDIMScheduler
 
     options = {
@@ -118,13 +117,17 @@ def tiny_v(tmp_path_factory) -> str:
     return build_pipeline(folder, DDIMScheduler(**SCHEDULE, **options), torch.float16)
 
 
-def small_vae(channels, **more):
+def small_vae(channels, **options):
     from diffusers import AutoencoderKL
 
     blocks = {"block_out_channels": (4, 8), "down_block_types": ("DownEncoderBlock2D",) * 2}
-    blocks |= {"up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4, "mid_block_add_attention": False}
-    vae = AutoencoderKL(latent_channels=channels, sample_size=16, **blocks, **more)
-    with torch.no_grad():  # so that pictures have contrast
+    blocks |= {
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+    }
+    vae = AutoencoderKL(latent_channels=channels, sample_size=16, **blocks, **options)
+    with torch.no_grad():  # so that images have contrast
         vae.decoder.conv_out.weight *= 1.5
     return vae
 
@@ -143,9 +146,18 @@ def small_t5(width):
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(f"\u2581{word}" for word in " ".join(PROMPTS).split())]
-    vocabulary = [(piece, -float(i)) for i, piece in enumerate(dict.fromkeys([*pieces, *map(chr, range(97, 123))]))]
+    vocabulary = [
+        (piece, -float(i)) for i, piece in enumerate(dict.fromkeys([*pieces, *map(chr, range(97, 123))]))
+    ]
     tokenizer = T5TokenizerFast(vocab=vocabulary, extra_ids=0)
-    sizes = {"vocab_size": len(vocabulary), "d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    sizes = {
+        "vocab_size": len(vocabulary),
+        "d_model": width,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
     return T5EncoderModel(T5Config(**sizes)), tokenizer
 
 
@@ -178,7 +190,9 @@ def build_xl(folder: Path) -> str:
             parameter *= 3 if "attn2" in name or "add_embedding" in name else 1
     scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1)
     vae = small_vae(4, scaling_factor=0.13025)
-    pipeline = StableDiffusionXLPipeline(vae, first, second, tokenizer, tokenizer, unet, scheduler, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline(
+        vae, first, second, tokenizer, tokenizer, unet, scheduler, add_watermarker=False
+    )
     pipeline.save_pretrained(folder)
     return str(folder)
 
@@ -207,7 +221,9 @@ def build_sd3(folder: Path) -> str:
         for name, parameter in transformer.named_parameters():
             parameter *= 3 if "add_" in name or "context" in name or "text_embedder" in name else 1
     encoders = (small_clip(tokenizer, 12), tokenizer, small_clip(tokenizer, 20), tokenizer, *small_t5(40))
-    vae = small_vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    vae = small_vae(
+        16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     StableDiffusion3Pipeline(transformer, scheduler, vae, *encoders).save_pretrained(folder)
     return str(folder)
@@ -215,14 +231,14 @@ def build_sd3(folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def families(tmp_path_factory) -> dict[str, str]:
-    """Folders of small pipelines: "xl", "sd3" and "no_t5", an SD 3 without its third text encoder (see NO_T5)."""
+    """Folders of small pipelines: "xl", "sd3" and "no_t5", an SD 3 without its third text encoder."""
     folder = tmp_path_factory.mktemp("families")
-    found = {"xl": build_xl(folder / "xl"), "sd3": build_sd3(folder / "sd3")}
-    shutil.copytree(found["sd3"], folder / "no_t5", ignore=shutil.ignore_patterns("*_3"))
+    folders = {"xl": build_xl(folder / "xl"), "sd3": build_sd3(folder / "sd3")}
+    shutil.copytree(folders["sd3"], folder / "no_t5", ignore=shutil.ignore_patterns("*_3"))
     index = json.loads((folder / "no_t5" / "model_index.json").read_text())
     index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
     (folder / "no_t5" / "model_index.json").write_text(json.dumps(index))
-    return found | {"no_t5": str(folder / "no_t5")}
+    return folders | {"no_t5": str(folder / "no_t5")}
 
 
 @pytest.fixture(scope="session")
@@ -234,15 +250,21 @@ def clip_folder(tmp_path_factory):
     folder.mkdir()
     tokenizer = make_tokenizer(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    words = {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "pad_token_id": tokenizer.pad_token_id}
+    words = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": TOKENS,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     words |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
     config = CLIPConfig(
-        text_config=sizes | words, vision_config=sizes | {"image_size": 24, "patch_size": 8}, projection_dim=768
+        text_config=sizes | words,
+        vision_config=sizes | {"image_size": 24, "patch_size": 8},
+        projection_dim=768,
     )
     model = CLIPModel(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # so that pictures and prompts differ
+        for parameter in model.parameters():  # so that images and prompts differ
             parameter += 0.2 * torch.randn(parameter.shape)
         model.logit_scale.fill_(3.0)
     model.save_pretrained(folder)
@@ -250,7 +272,9 @@ def clip_folder(tmp_path_factory):
     CLIPProcessor(pixels, tokenizer).save_pretrained(folder)
     pixels.save_pretrained(folder)  # preprocessor_config.json, as in older repositories
     sizes = {0: (768, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
-    head = {f"layers.{i}.weight": torch.randn(after, before) / before**0.5 for i, (before, after) in sizes.items()}
+    head = {
+        f"layers.{i}.weight": torch.randn(after, before) / before**0.5 for i, (before, after) in sizes.items()
+    }
     head |= {f"layers.{i}.bias": torch.randn(after) for i, (_, after) in sizes.items()}
     torch.save(head, folder / "aesthetic-model.pth")
     return folder
@@ -259,7 +283,9 @@ def clip_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def models(tiny_epsilon, tiny_v):
     """Base models, for tests that do not change them."""
-    return {kind: Model(name, "cpu", torch.float32) for kind, name in (("epsilon", tiny_epsilon), ("v", tiny_v))}
+    return {
+        kind: Model(name, "cpu", torch.float32) for kind, name in (("epsilon", tiny_epsilon), ("v", tiny_v))
+    }
 
 
 @pytest.fixture(scope="session")
@@ -267,17 +293,24 @@ def prompt_files(tmp_path_factory) -> SimpleNamespace:
     """Names of small prompt files, `train` and `held_out`."""
     folder = tmp_path_factory.mktemp("prompts")
     (folder / "train.txt").write_text("\n".join([*PROMPTS, "a red square right of a red circle"]) + "\n")
-    (folder / "held_out.txt").write_text("a blue circle above a green square\na red circle above a red square\n")
+    (folder / "held_out.txt").write_text(
+        "a blue circle above a green square\na red circle above a red square\n"
+    )
     return SimpleNamespace(train=str(folder / "train.txt"), held_out=str(folder / "held_out.txt"))
 
 
 @pytest.fixture(scope="session")
 def tiny_arguments(tiny_v, prompt_files) -> list[str]:
     """Arguments of the shortest run that does everything; later ones on the command line replace them."""
-    files = f"--prompts {prompt_files.train} --eval_prompts {prompt_files.held_out} --model {tiny_v} --device cpu"
+    files = (
+        f"--prompts {prompt_files.train} --eval_prompts {prompt_files.held_out} --model {tiny_v} --device cpu"
+    )
     rewards = "--reward jpeg_compressibility --eval_rewards shapes_graded"
-    sizes = "--rounds 2 --prompts_per_round 3 --samples 4 --updates 2 --batch 4 --micro_batch 2 --eval_samples 2"
-    return f"{files} {rewards} {sizes} --steps 4 --guidance 1 --lora_rank 4 --lora_targets attention --lr 1e-2".split()
+    sizes = (
+        "--rounds 2 --prompts_per_round 3 --samples 4 --updates 2 --batch 4 --micro_batch 2 --eval_samples 2"
+    )
+    rest = "--steps 4 --guidance 1 --lora_rank 4 --lora_targets attention --lr 1e-2"
+    return f"{files} {rewards} {sizes} {rest}".split()
 
 
 def arguments_for(cls, argv: list[str]) -> list[str]:
@@ -310,7 +343,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def assert_same_pictures(some, others):
+def assert_same_images(some, others):
     """Equal but for the rounding to 8 bit: at most one level, at most in one value of 1000."""
     for one, other in zip(some, others, strict=True):
         gap = np.abs(np.asarray(one, int) - np.asarray(other, int))
@@ -321,6 +354,9 @@ def assert_one_line(code, error, named):
     assert code == 2, error
     assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
     assert named in error
+
+
+assert_same_pictures = assert_same_images  # until all tests use the new name
 
 
 # ---------------------------------------------------------------- draws
@@ -354,18 +390,18 @@ def randomise(model, scale=0.2):
 def stock_pipeline(folder, dtype=torch.float32):
     from diffusers import DDIMScheduler, DiffusionPipeline
 
-    more = NO_T5 if Path(folder).name == "no_t5" else {}
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **more)
+    parts = NO_T5 if Path(folder).name == "no_t5" else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **parts)
     if not type(pipeline.scheduler).__name__.startswith("Flow"):
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def stock(pipeline, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=1.0, output="latent", **more):
-    """Latents, or PIL pictures, by the stock pipeline."""
+def stock(pipeline, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=1.0, output="latent", **extra):
+    """Latents, or PIL images, by the stock pipeline."""
     generators = [torch.Generator().manual_seed(s) for s in seeds]
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": output} | more
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": output} | extra
     if "eta" in inspect.signature(pipeline.__call__).parameters:  # a flow is deterministic
         options["eta"] = eta
     return pipeline(prompts, generator=generators, **options).images
@@ -396,16 +432,20 @@ def read_scalars(folder):
 
 
 def assert_same_run(folder, other):
-    """Every file of the run `other` stands in `folder` with the same content; times and the checkpoint's bytes are not compared."""
+    """Every file of the run `other` is in `folder` with equal content, but for times and the checkpoint."""
     for path in (p for p in other.rglob("*") if p.is_file() and p.name != "checkpoint.pt"):
         again = folder / path.relative_to(other)
         if path.name == LORA_FILE:  # its bytes may differ, the metadata is in no fixed order
             from safetensors.torch import load_file
 
             weights, expected = load_file(again), load_file(path)
-            assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n]) for n in expected)
+            assert weights.keys() == expected.keys() and all(
+                torch.equal(weights[n], expected[n]) for n in expected
+            )
         elif path.name == "results.json":
-            assert json.loads(again.read_text()) | {"seconds": 0} == json.loads(path.read_text()) | {"seconds": 0}
+            assert json.loads(again.read_text()) | {"seconds": 0} == json.loads(path.read_text()) | {
+                "seconds": 0
+            }
         elif path.suffix == ".png":
             assert np.array_equal(Image.open(again), Image.open(path)), path.name
         elif path.parent.name != "tensorboard":
@@ -422,7 +462,9 @@ def assert_same_run(folder, other):
 def forkserver():
     """Starts processes that have imported torch and the scripts already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["graft", "pgraft", "inverse_noise_correction", "conftest", "diffusers", "peft"])
+    context.set_forkserver_preload(
+        ["graft", "pgraft", "inverse_noise_correction", "conftest", "diffusers", "peft"]
+    )
     before = os.environ.get("PYTHONPATH")
     # Python 3.11 preloads without sys.path
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

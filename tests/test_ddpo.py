@@ -1,14 +1,18 @@
-"""benchmarks/ddpo.py: the log-density against a closed form, the gradient against a finite difference, the sampler against graft.py's."""
+"""benchmarks/ddpo.py: the log-density against a closed form, the gradient against a finite difference, the
+sampler against graft.py's."""
 
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+import ddpo
+import graft
+import utils.runs
+from common import draw_noise
 from conftest import (
     PROMPTS,
-    ROOT,
     SEEDS,
     arguments_for,
     assert_one_line,
@@ -20,14 +24,7 @@ from conftest import (
     with_lora,
 )
 
-import graft
-import rewards
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import ddpo
-
 SCRIPT = "benchmarks/ddpo.py"
-ARGS = SimpleNamespace(guidance=1.0, eta=1.0)
 
 
 class Line:
@@ -52,26 +49,27 @@ def test_log_prob_is_the_normal_density():
     assert torch.allclose(ddpo.log_prob(x, mean, 0.3), expected, rtol=1e-12)
 
 
-def test_step_law_of_a_linear_model():
+def test_step_distribution_of_a_linear_model():
     """DDIM's mean and standard deviation, written out (arXiv 2010.02502, equations 12 and 16)."""
     model, x = Line(0.3), torch.tensor([[1.5]], dtype=torch.float64)
     (alpha, sigma), (after, sigma_after) = model.alpha_sigma(2), model.alpha_sigma(1)
     std = 0.7 * (sigma_after / sigma) * (1 - alpha**2 / after**2) ** 0.5
     expected = after * (1.5 - sigma * 0.45) / alpha + (1 - after**2 - std**2) ** 0.5 * 0.45
-    mean, found = ddpo.step_law(model, x, 1, [3, 2, 1, 0], None, 1.0, 0.7)
-    assert mean.item() == pytest.approx(expected, rel=1e-12) and found == pytest.approx(std, rel=1e-12)
+    mean, found_std = ddpo.step_distribution(model, x, 1, [3, 2, 1, 0], None, 1.0, 0.7)
+    assert mean.item() == pytest.approx(expected, rel=1e-12)
+    assert found_std == pytest.approx(std, rel=1e-12)
 
 
 def test_policy_gradient_is_the_finite_difference_of_the_expected_reward():
-    """At ratio 1 the gradient of -(4), summed over the steps, is dE[r]/dweight. The reward is of the last state that was drawn: what
-    the noiseless last step does to it is not a matter of chance, and no policy gradient sees it."""
+    """At ratio 1 the gradient of -(4), summed over the steps, is dE[r]/dweight. The reward is of the last
+    state that was drawn: what the noiseless last step does is certain, so no policy gradient sees it."""
     grid, n, reward = [3, 2, 1, 0], 400_000, lambda x: (-x.square() / 4).exp()
     noise = torch.randn(5, n, 1, generator=seeded(), dtype=torch.float64)
 
     def drawn(weight):
-        law, states = Line(weight), [noise[0]]
+        model, states = Line(weight), [noise[0]]
         for k in range(3):
-            mean, std = ddpo.step_law(law, states[-1], k, grid, None, 1.0, 1.0)
+            mean, std = ddpo.step_distribution(model, states[-1], k, grid, None, 1.0, 1.0)
             states.append((mean + std * noise[k + 1]).detach())
         return states
 
@@ -80,7 +78,7 @@ def test_policy_gradient_is_the_finite_difference_of_the_expected_reward():
     model, states = Line(0.4), drawn(0.4)
     advantage, gradients = (reward(states[3]) - reward(states[3]).mean()).squeeze(1), []
     for k in range(3):
-        mean, std = ddpo.step_law(model, states[k], k, grid, None, 1.0, 1.0)
+        mean, std = ddpo.step_distribution(model, states[k], k, grid, None, 1.0, 1.0)
         new = ddpo.log_prob(states[k + 1], mean, std)
         loss = ddpo.ppo_loss(new, new.detach(), advantage, 1e-4)
         gradients.append(-torch.autograd.grad(loss, model.weight)[0].item())
@@ -92,16 +90,19 @@ def test_policy_gradient_is_the_finite_difference_of_the_expected_reward():
 def test_clip_cuts_where_it_should(advantage):
     ratio = torch.tensor([0.5, 0.89, 0.91, 1.0, 1.09, 1.11, 2.0], dtype=torch.float64)
     new = ratio.log().requires_grad_()
-    ddpo.ppo_loss(new, torch.zeros(7, dtype=torch.float64), torch.full((7,), advantage, dtype=torch.float64), 0.1).backward()
+    old, same = torch.zeros(7, dtype=torch.float64), torch.full((7,), advantage, dtype=torch.float64)
+    ddpo.ppo_loss(new, old, same, 0.1).backward()
     kept = ratio < 1.1 if advantage > 0 else ratio > 0.9
     assert torch.allclose(new.grad, torch.where(kept, -advantage * ratio / 7, 0.0))
 
 
 def test_advantages():
     rewards = torch.tensor([[0.0, 0.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 8.0]])
-    found = ddpo.advantages(rewards, 1.5)
-    assert torch.allclose(found[0], torch.tensor([-1.0, -1.0, 1.0, 1.0])) and found[1].abs().max() == 0
-    assert torch.allclose(found[2], torch.tensor([-(3**-0.5)] * 3 + [1.5]))
+    advantages = ddpo.advantages(rewards, 1.5)
+    assert (
+        torch.allclose(advantages[0], torch.tensor([-1.0, -1.0, 1.0, 1.0])) and advantages[1].abs().max() == 0
+    )
+    assert torch.allclose(advantages[2], torch.tensor([-(3**-0.5)] * 3 + [1.5]))
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v"])
@@ -111,29 +112,29 @@ def test_trajectories_end_where_graft_samples(models, kind, guidance, eta):
     model = with_lora(models[kind], "all")
     randomise(model, 0.05)
     grid, text = model.timesteps(5), model.encode(PROMPTS)
-    noise = graft.draw_noise(SEEDS, 5, model.latent_shape, torch.float32)
+    noise = draw_noise(SEEDS, 5, model.latent_shape, torch.float32)
     args = SimpleNamespace(guidance=guidance, eta=eta)
     with model.lora_merged():
         states, densities = ddpo.sample_trajectories(model, noise, text, grid, args)
         expected = graft.sample(model, noise, text, guidance, eta)
-    assert (
-        difference(states[-1], expected) < 1e-5
-        and states.shape == (6, 3, *model.latent_shape)
-        and len(densities) == 4 + (kind == "epsilon")
-    )
+    assert difference(states[-1], expected) < 1e-5
+    assert states.shape == (6, 3, *model.latent_shape) and len(densities) == 4 + (kind == "epsilon")
     for k in range(len(densities)):
         with torch.no_grad():
-            mean, std = ddpo.step_law(model, states[k], k, grid, text, guidance, eta)
+            mean, std = ddpo.step_distribution(model, states[k], k, grid, text, guidance, eta)
         assert (ddpo.log_prob(states[k + 1], mean, std) - densities[k]).abs().max() < 1e-5
 
 
 def test_run_and_resume(tiny_arguments, tmp_path, monkeypatch):
-    """A run that is stopped after its first round ends as one that is not; the reward it learns from rises."""
+    """A run that is stopped after its first round ends as one that is not."""
     monkeypatch.chdir(tmp_path)
-    argv = [*arguments_for(ddpo.Args, tiny_arguments), *"--eval_every 1 --epochs 2 --lr 3e-2 --clip 0.1".split()]
-    code, out, error = run_inside([*argv, "--output", "whole"], SCRIPT)
+    argv = [
+        *arguments_for(ddpo.Args, tiny_arguments),
+        *"--eval_every 1 --epochs 2 --lr 3e-2 --clip 0.1".split(),
+    ]
+    code, out, error = run_inside([*argv, "--output", "complete"], SCRIPT)
     assert code == 0, error
-    stopped, save = [], rewards.save_checkpoint
+    stopped, save = [], utils.runs.save_checkpoint
 
     def stop_after_the_first(folder, state):
         save(folder, state)
@@ -141,16 +142,18 @@ def test_run_and_resume(tiny_arguments, tmp_path, monkeypatch):
             stopped.append(1)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(rewards, "save_checkpoint", stop_after_the_first)
+    monkeypatch.setattr(utils.runs, "save_checkpoint", stop_after_the_first)
     code, _, error = run_inside([*argv, "--output", "stopped"], SCRIPT)
     assert code == 130 and "--resume stopped" in error
     code, _, error = run_inside(["--resume", "stopped"], SCRIPT)
     assert code == 0, error
-    shutil.copy("whole/args.json", "stopped/args.json")  # they differ in the folder's name
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    shutil.copy("complete/args.json", "stopped/args.json")  # they differ in the folder's name
+    assert_same_run(tmp_path / "stopped", tmp_path / "complete")
 
 
-@pytest.mark.parametrize("flags, named", [("--eta 0", "--eta 0"), ("--epochs 0", "--epochs 0"), ("--clip -1", "--clip -1")])
+@pytest.mark.parametrize(
+    "flags, named", [("--eta 0", "--eta 0"), ("--epochs 0", "--epochs 0"), ("--clip -1", "--clip -1")]
+)
 def test_bad_input(tiny_arguments, tmp_path, monkeypatch, flags, named):
     monkeypatch.chdir(tmp_path)
     code, _, error = run_inside([*arguments_for(ddpo.Args, tiny_arguments), *flags.split()], SCRIPT)

@@ -6,11 +6,11 @@ from itertools import chain, combinations
 import numpy as np
 import pytest
 import torch
-from conftest import assert_mean, seeded
 
-from common import derived_seed
-from graft import accept, implied_kl, reshaped_reward, training_target
-from rewards import estimated_kl, paired_table, schedule_prompts
+from common import derived_seed, schedule_prompts
+from conftest import assert_mean, seeded
+from graft import accept, estimated_kl, implied_kl, reshaped_reward, training_target
+from utils.runs import paired_table
 
 TOP_K = [(2, 1), (4, 1), (8, 1), (4, 2), (8, 3), (5, 4), (5, 5)]  # (M, K)
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(300)
@@ -78,7 +78,8 @@ def test_implied_kl_in_closed_form():
     for m in (1, 2, 8, 64):
         assert implied_kl(m, 1) == pytest.approx(math.log(m) - (m - 1) / m, abs=1e-12)
         assert implied_kl(m, m) == pytest.approx(0, abs=1e-9)
-    assert implied_kl(3, 2) == pytest.approx(math.log(6) - 5 / 3, abs=1e-8)  # integral of 3/2 (1 - s^2) log of it
+    # integral of 3/2 (1 - s^2) log of it
+    assert implied_kl(3, 2) == pytest.approx(math.log(6) - 5 / 3, abs=1e-8)
 
 
 # ---------------------------------------------------------------- ties
@@ -86,7 +87,11 @@ def test_implied_kl_in_closed_form():
 
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_equal_rewards_are_accepted_equally_often(k):
-    assert_frequency(accept(torch.zeros(20_000, 6), "topk", top_k=k, generator=seeded(k)), k / 6)
+    # the last: flat rows are skipped
+    rewards = torch.cat([torch.zeros(20_000, 6), -torch.ones(20_000, 1)], 1)
+    mask = accept(rewards, "topk", top_k=k, generator=seeded(k))
+    assert_frequency(mask[:, :6], k / 6)
+    assert not mask[:, 6].any()
 
 
 def test_ties_at_the_cut_of_a_binary_reward_are_random():
@@ -101,10 +106,12 @@ def test_ties_at_the_cut_of_a_binary_reward_are_random():
     assert_frequency(four[:, bad], 1 / 3)
 
 
-@pytest.mark.parametrize("rule", ["topk", "preference", "exponential"])
+@pytest.mark.parametrize("rule", ["topk", "exponential"])
 def test_the_generator_decides_alone(rule):
+    rewards = torch.tensor([0.0, 0, 0, 0, 0, -1]).repeat(50, 1)
+
     def mask(seed):
-        return accept(torch.zeros(50, 6), rule, top_k=2, beta=1.0, reward_max=0.7, generator=seeded(seed))
+        return accept(rewards, rule, top_k=2, beta=1.0, reward_max=0.7, generator=seeded(seed))
 
     torch.manual_seed(1)
     first = mask(3)
@@ -121,16 +128,9 @@ def test_preference_accepts_the_better_of_each_consecutive_pair():
     mask = accept(rewards, "preference", generator=seeded())
     pairs = rewards.view(-1, 2)
     assert torch.equal(mask.view(-1, 2), pairs == pairs.amax(1, keepdim=True))
-    accepted = rewards[mask]  # law of the best of 2: Beta(2, 1)
+    accepted = rewards[mask]  # the best of 2 is Beta(2, 1)
     assert_mean(accepted, 2 / 3)
     assert_mean(accepted.square(), 1 / 2)
-
-
-def test_preference_ties_are_random_and_one_of_a_pair_is_taken():
-    mask = accept(torch.zeros(10_000, 4), "preference", generator=seeded())
-    assert (mask.view(-1, 2).sum(1) == 1).all()
-    assert_frequency(mask, 1 / 2)
-    assert_frequency(mask[:, :1] & mask[:, 2:3], 1 / 4)  # pairs are decided independently
 
 
 # ---------------------------------------------------------------- exponential, threshold, none
@@ -140,7 +140,8 @@ def test_exponential_acceptance_probability():
     levels = torch.tensor([-1.0, 0.0, 0.4, 0.9, 1.0])
     mask = accept(levels.repeat(20_000, 1), "exponential", beta=0.5, reward_max=1.2, generator=seeded())
     assert_frequency(mask, ((levels - 1.2) / 0.5).exp())
-    mask = accept(levels.repeat(20_000, 1), "exponential", beta=0.5, generator=seeded())  # bound: the row's maximum
+    # bound: the row's maximum
+    mask = accept(levels.repeat(20_000, 1), "exponential", beta=0.5, generator=seeded())
     assert_frequency(mask, ((levels - 1.0) / 0.5).exp())
     rows = uniform(200, 4) * 100 - 50
     mask = accept(rows, "exponential", beta=0.01, generator=seeded())
@@ -148,10 +149,11 @@ def test_exponential_acceptance_probability():
 
 
 @pytest.mark.parametrize("beta", [0.2, 1.0])
-def test_exponential_tilts_the_law(beta):
+def test_exponential_tilts_the_distribution(beta):
     rewards = uniform(20_000, 4)
     accepted = rewards[accept(rewards, "exponential", beta=beta, reward_max=1.0, generator=seeded())]
-    assert_mean(accepted, 1 / (1 - math.exp(-1 / beta)) - beta)  # density proportional to exp(r / beta) on [0, 1]
+    # density proportional to exp(r / beta) on [0, 1]
+    assert_mean(accepted, 1 / (1 - math.exp(-1 / beta)) - beta)
     values = torch.tensor([0.0, 1.0, 3.0])
     weights = torch.tensor([0.5, 0.3, 0.2])
     rewards = values[torch.multinomial(weights, 40_000, True, generator=seeded(5))].view(-1, 4)
@@ -169,22 +171,18 @@ def test_threshold_and_none():
 
 
 def test_flat_groups_are_skipped():
-    """Without `accept_flat`, of a row (topk) or a pair (preference) whose rewards are all equal nothing is accepted."""
+    """Nothing is accepted of a row (topk) or a pair (preference) whose rewards are all equal."""
     rewards = torch.tensor([[2.0, 2, 2, 2], [1, 1, 3, 1], [0, 0, 5, 4]])
     for top_k, best in ((1, [[2], [2]]), (2, [None, [2, 3]])):
-        mask = accept(rewards, "topk", top_k=top_k, accept_flat=False, generator=seeded())
+        mask = accept(rewards, "topk", top_k=top_k, generator=seeded())
         assert mask.sum(1).tolist() == [0, top_k, top_k]
         for row, places in zip(mask[1:], best):
             assert places is None or row.nonzero().flatten().tolist() == places
-        assert accept(rewards, "topk", top_k=top_k, generator=seeded()).sum(1).tolist() == [top_k] * 3
-    mask = accept(rewards, "preference", accept_flat=False, generator=seeded())
+    mask = accept(rewards, "preference", generator=seeded())
     assert mask.tolist() == [[False] * 4, [False, False, True, False], [False, False, True, False]]
-    assert accept(rewards, "preference", generator=seeded()).view(-1, 2).sum(1).tolist() == [1] * 6
-    keys = torch.tensor([[1, 1, 1, 2]])  # the flat pair holds copies of what the other pair's best is
-    for seed in range(10):
-        mask = accept(torch.tensor([[5.0, 5, 4, 1]]), "preference", keys=keys, accept_flat=False, generator=seeded(seed))
-        assert mask.tolist() == [[False, False, True, False]]
-    assert accept(rewards, "threshold", threshold=2.0, accept_flat=False, generator=seeded())[0].all()  # it ranks nothing
+    # the other rules rank nothing
+    assert accept(rewards, "threshold", threshold=2.0, generator=seeded())[0].all()
+    assert accept(rewards, "exponential", beta=1.0, generator=seeded())[0].all()
 
 
 @pytest.mark.parametrize(
@@ -233,51 +231,9 @@ def test_estimated_kl():
     assert estimated_kl(rewards, "topk", top_k=3) == implied_kl(5, 3)
     assert estimated_kl(rewards, "preference") == pytest.approx(math.log(2) - 1 / 2)
     rewards = uniform(7, 6)
-    log_law = torch.log_softmax(rewards / 0.3, 1)  # of the accepted, against 1/6 each
-    expected = (log_law.exp() * (log_law + math.log(6))).sum(1).mean().item()
+    log_density = torch.log_softmax(rewards / 0.3, 1)  # of the accepted, against 1/6 each
+    expected = (log_density.exp() * (log_density + math.log(6))).sum(1).mean().item()
     assert estimated_kl(rewards, "exponential", beta=0.3) == pytest.approx(expected, rel=1e-6)
-
-
-# ---------------------------------------------------------------- de-duplication
-
-
-@pytest.mark.parametrize("rule, options", [("none", {}), ("threshold", {"threshold": 0.4}), ("topk", {"top_k": 4})])
-def test_keys_keep_the_best_accepted_of_each_key(rule, options):
-    rewards = uniform(200, 8)  # no ties: these rules are deterministic
-    keys = torch.randint(4, rewards.shape, generator=seeded(7)) - (1 << 62)  # hashes may be any 64-bit number
-    plain = accept(rewards, rule, **options, generator=seeded(1))
-    kept = accept(rewards, rule, **options, keys=keys, generator=seeded(2))
-    expected = torch.zeros_like(kept)
-    for row in range(len(rewards)):
-        for key in keys[row].unique():
-            group = [i for i in range(8) if keys[row, i] == key and plain[row, i]]
-            if group:
-                expected[row, max(group, key=lambda i: rewards[row, i])] = True
-    assert torch.equal(kept, expected) and not torch.equal(kept, plain)
-
-
-def test_keys_after_a_random_rule_keep_one_of_each():
-    keys = torch.tensor([5, 5, 9, 9, 9, 2]).repeat(3_000, 1)
-    rewards = torch.zeros(3_000, 6)
-    plain = accept(rewards, "exponential", beta=1.0, reward_max=0.5, generator=seeded(8))
-    kept = accept(rewards, "exponential", beta=1.0, reward_max=0.5, keys=keys, generator=seeded(8))
-    assert not (kept & ~plain).any()  # the coins come first from the generator
-    for key in (5, 9, 2):
-        assert torch.equal((kept & (keys == key)).sum(1), (plain & (keys == key)).any(1).long())
-
-
-def test_copies_of_equal_reward_are_kept_equally_often():
-    keys = torch.tensor([3, 3, 8, 3, 8, 1]).repeat(20_000, 1)
-    kept = accept(torch.zeros(20_000, 6), "none", keys=keys, generator=seeded())
-    assert_frequency(kept, torch.tensor([1 / 3, 1 / 3, 1 / 2, 1 / 3, 1 / 2, 1.0]))
-
-
-def test_keys_of_other_rows_do_not_matter():
-    same = torch.zeros(3, 4, dtype=torch.long)
-    assert accept(torch.zeros(3, 4), "none", keys=same, generator=seeded()).sum(1).tolist() == [1, 1, 1]
-    other = torch.cat([same[:1], torch.arange(8).view(2, 4)])
-    kept = [accept(uniform(3, 4), "none", keys=keys, generator=seeded()) for keys in (same, other)]
-    assert torch.equal(kept[0][0], kept[1][0]) and kept[1][1:].all()
 
 
 # ---------------------------------------------------------------- the loss's target
@@ -288,7 +244,7 @@ LEVELS = [(math.cos(a), math.sin(a)) for a in (0.1, 0.7, 1.2, 1.5)]  # (alpha_t,
 
 def test_training_target_formulas():
     x_0, noise = (torch.randn(4, 2, 3, 5, generator=seeded(s), dtype=torch.float64) for s in (1, 2))
-    alpha, sigma = torch.tensor(LEVELS, dtype=torch.float64).T  # a level of its own for each picture
+    alpha, sigma = torch.tensor(LEVELS, dtype=torch.float64).T  # a level of its own for each image
     x_t, epsilon = training_target(x_0, noise, alpha, sigma, "epsilon")
     again, v = training_target(x_0, noise, alpha, sigma, "v_prediction")
     assert torch.equal(x_t, again) and torch.equal(epsilon, noise)
@@ -345,15 +301,19 @@ def test_schedule_uses_every_prompt_before_any_again():
     assert rounds[:2] == schedule(15, rounds=2)  # a longer run begins like a shorter one
     assert len({tuple(sorted(part)) for part in rounds}) == 6
     uneven = schedule(7)  # too few are left for a second round of the same order
-    assert all(len(part) == len(set(part)) == 5 for part in uneven)  # none twice: its pictures would be the same
-    assert [sorted(part) for part in schedule(3, rounds=2)] == [[0, 1, 2]] * 2  # fewer prompts than a round takes
+    # none twice: its images would be the same
+    assert all(len(part) == len(set(part)) == 5 for part in uneven)
+    # fewer prompts than a round takes
+    assert [sorted(part) for part in schedule(3, rounds=2)] == [[0, 1, 2]] * 2
 
 
 def test_derived_seeds_differ_by_the_whole_key():
     keys = [("eval", i, j) for i in range(30) for j in range(30)] + [
         (0, r, i, j) for r in (0, 1) for i in range(20) for j in range(20)
     ]
-    keys += [(seed, name, r) for seed in (0, 1) for name in ("prompts", "accept", "update") for r in range(20)]
+    keys += [
+        (seed, name, r) for seed in (0, 1) for name in ("prompts", "accept", "update") for r in range(20)
+    ]
     seeds = [derived_seed(*key) for key in keys]
     assert len(set(seeds)) == len(keys) and 0 <= min(seeds) and max(seeds) < 2**63  # what torch takes
     assert derived_seed("eval", 0, 0) == 3252022647969609231  # the stored results were made with these

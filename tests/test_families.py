@@ -1,21 +1,27 @@
-"""SD XL and SD 3, small, of the real classes: samplers, losses, LoRA, switch and noise policy against the stock pipelines."""
+"""SD XL and SD 3, small, of the real classes: samplers, losses, LoRA, switch and noise policy against the
+stock pipelines."""
 
 import copy
 import json
 import math
 import shutil
-import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+import common
+import graft
+import noise_ppo
+import pgraft
+from common import LORA_FILE, Model, check_model, derived_seed, draw_noise, read_switch, stock_code
 from conftest import (
     PROMPTS,
     SEEDS,
     assert_mean,
-    assert_same_pictures,
+    assert_same_images,
     assert_same_run,
     difference,
     exit_code,
@@ -26,14 +32,8 @@ from conftest import (
     stock_pipeline,
     with_lora,
 )
-from flow_steps import GaussianFlow, flow_grpo_step, law_of_samples, linear_step, march
-
-import common
-import graft
-import noise_ppo
-import pgraft
-from common import LORA_FILE, InputError, Model
-from rewards import make_adamw, read_switch, save_switch, stock_code
+from flow_steps import GaussianFlow, distribution_of_samples, flow_grpo_step, linear_step, march
+from utils.runs import InputError
 
 KINDS = ("xl", "sd3", "no_t5")
 
@@ -52,7 +52,7 @@ def pipelines(families):
 
 def ours(model, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=0.0):
     """Latents by graft.sample."""
-    noise = graft.draw_noise(seeds, steps, model.latent_shape, model.dtype)
+    noise = draw_noise(seeds, steps, model.latent_shape, model.dtype)
     return graft.sample(model, noise, model.encode(prompts), guidance, eta)
 
 
@@ -60,15 +60,17 @@ def ours(model, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=0.0):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("kind, eta, steps", [("xl", 0.0, 5), ("xl", 1.0, 4), ("sd3", 0.0, 5), ("no_t5", 0.0, 10)])
+@pytest.mark.parametrize(
+    "kind, eta, steps", [("xl", 0.0, 5), ("xl", 1.0, 4), ("sd3", 0.0, 5), ("no_t5", 0.0, 10)]
+)
 def test_sample_equals_stock_pipeline(loaded, pipelines, kind, eta, steps, guidance):
     expected = stock(pipelines[kind], steps=steps, guidance=guidance, eta=eta)
     x = ours(loaded[kind], steps=steps, guidance=guidance, eta=eta)
     assert difference(x, expected) <= 1e-4
-    pictures = stock(pipelines[kind], steps=steps, guidance=guidance, eta=eta, output="pil")
-    for one, other in zip(loaded[kind].decode(expected), pictures, strict=True):
+    images = stock(pipelines[kind], steps=steps, guidance=guidance, eta=eta, output="pil")
+    for one, other in zip(loaded[kind].decode(expected), images, strict=True):
         assert np.array_equal(one, other)
-    assert_same_pictures(loaded[kind].decode(x), pictures)
+    assert_same_images(loaded[kind].decode(x), images)
     for change in ({"seeds": [1, 2, 3]}, {"prompts": PROMPTS[::-1]}, {"guidance": 2.0}, {"steps": 3}):
         settings = {"steps": steps, "guidance": guidance, "eta": eta} | change
         assert difference(ours(loaded[kind], **settings), x) > 1e-2, change
@@ -77,9 +79,14 @@ def test_sample_equals_stock_pipeline(loaded, pipelines, kind, eta, steps, guida
 @pytest.mark.parametrize("kind", ["xl", "sd3"])
 def test_states_and_pooled_embedding_both_reach_the_model(loaded, kind):
     model = loaded[kind]
-    x, t, text = torch.randn(3, *model.latent_shape, generator=seeded()), torch.tensor(500), model.encode(PROMPTS)
+    x, t, text = (
+        torch.randn(3, *model.latent_shape, generator=seeded()),
+        torch.tensor(500),
+        model.encode(PROMPTS),
+    )
     states, pooled = model.split(text)
-    assert states.shape[1] == {"xl": 12, "sd3": 12 + 256}[kind] and pooled.shape == (3, {"xl": 40, "sd3": 32}[kind])
+    assert states.shape[1] == {"xl": 12, "sd3": 12 + 256}[kind]
+    assert pooled.shape == (3, {"xl": 40, "sd3": 32}[kind])
     other = text.clone()
     other[:, model.tokens :] = text.flip(0)[:, model.tokens :]
     swapped = torch.cat([text.flip(0)[:, : model.tokens], text[:, model.tokens :]], 1)
@@ -99,7 +106,8 @@ def test_empty_prompt_of_xl_as_its_pipeline_says(families, loaded, tmp_path):
 
 def test_no_t5(families, loaded):
     model = Model(families["sd3"], "cpu", torch.float32, t5=False)
-    assert model.pipeline.text_encoder_3 is None and "text_encoder_3=None, tokenizer_3=None" in stock_code(model)
+    assert model.pipeline.text_encoder_3 is None
+    assert "text_encoder_3=None, tokenizer_3=None" in stock_code(model)
     assert torch.equal(model.encode(PROMPTS), loaded["no_t5"].encode(PROMPTS))
     with pytest.raises(InputError, match="cannot be loaded.*text_encoder_3"):
         Model(families["no_t5"], "cpu", torch.float32)
@@ -109,10 +117,10 @@ def test_no_t5(families, loaded):
 # ---------------------------------------------------------------- the flow's stochastic step, on a Gaussian
 
 
-def bias(found):
-    return max(
-        max(abs(a - b) for a, b in zip(found[s][:2], GaussianFlow().law(s))) for s in found if s in (0.8, 0.5, 0.2, 0.0)
-    )
+def bias(states):
+    """The largest error of mean or variance at four levels. states: of `march`."""
+    exact = {s: GaussianFlow().marginal(s) for s in states if s in (0.8, 0.5, 0.2, 0.0)}
+    return max(abs(a - b) for s in exact for a, b in zip(states[s][:2], exact[s]))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -120,24 +128,28 @@ def test_flow_step_keeps_the_marginals(eta):
     biases = []
     for steps in (10, 20, 200, 400):
         sigmas = [1 - k / steps for k in range(steps + 1)]
-        found = march(linear_step, sigmas, eta, 0.0, 1.0, GaussianFlow())
-        biases.append(bias(found))
-    assert all(np.isfinite(list(found.values())).ravel())  # also after sigma = 1 and at the last step
+        states = march(linear_step, sigmas, eta, 0.0, 1.0, GaussianFlow())
+        biases.append(bias(states))
+    assert all(np.isfinite(list(states.values())).ravel())  # also after sigma = 1 and at the last step
     assert biases[0] < {0.0: 0.08, 0.5: 0.08, 1.0: 0.12}[eta] and biases[3] < 5e-3
     assert 1.7 < biases[2] / biases[3] < 2.3  # of first order in the step
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_flow_step_is_the_sde_of_flow_grpo(eta):
-    """Same marginals and dependence of levels with many steps; with few its plain step adds noise where x_0 is certain."""
+    """With many steps the marginals and the dependence of levels are the same. With few, its plain step adds
+    noise where x_0 is certain."""
     sigmas, flow, certain = [0.9 - 0.8 * k / 2000 for k in range(2001)], GaussianFlow(), GaussianFlow(0.0)
-    mine, theirs = (march(s, sigmas, eta, *flow.law(0.9), flow) for s in (linear_step, flow_grpo_step))
+    own, theirs = (march(s, sigmas, eta, *flow.marginal(0.9), flow) for s in (linear_step, flow_grpo_step))
     for sigma in (0.5, 0.1):
-        assert np.allclose(mine[sigma], theirs[sigma], atol=4e-3)
-        assert mine[sigma][2] < 0.97 * march(linear_step, sigmas, 0.0, 0.0, 1.0, flow)[sigma][2]  # the gain shows eta
+        assert np.allclose(own[sigma], theirs[sigma], atol=4e-3)
+        gain = march(linear_step, sigmas, 0.0, 0.0, 1.0, flow)[sigma][2]
+        assert own[sigma][2] < 0.97 * gain  # eta shows in the gain
     sigmas = [0.9 - 0.8 * k / 10 for k in range(11)]
-    mine, theirs = (march(s, sigmas, eta, *certain.law(0.9), certain) for s in (linear_step, flow_grpo_step))
-    assert mine[0.1][1] == pytest.approx(0.01, abs=1e-6) and theirs[0.1][1] > 0.013
+    own, theirs = (
+        march(s, sigmas, eta, *certain.marginal(0.9), certain) for s in (linear_step, flow_grpo_step)
+    )
+    assert own[0.1][1] == pytest.approx(0.01, abs=1e-6) and theirs[0.1][1] > 0.013
     # at sigma = 1 its noise is that of the next level, here a = sqrt(2) eta sqrt(.9 / .1) for h = .1
     assert flow_grpo_step(flow, 1.0, 0.9, eta)[2] == pytest.approx(math.sqrt(2) * eta * 3 * math.sqrt(0.1))
 
@@ -145,29 +157,35 @@ def test_flow_step_is_the_sde_of_flow_grpo(eta):
 def test_what_few_steps_cost():
     """The standard deviation that the samples of 28 steps of SD 3's grid lack, which are few."""
     for eta, lack in ((0.0, 0.051), (0.5, 0.059), (1.0, 0.092)):
-        mean, std = law_of_samples(linear_step, 28, eta, GaussianFlow())
+        mean, std = distribution_of_samples(linear_step, 28, eta, GaussianFlow())
         assert (mean, 0.5 - std) == (pytest.approx(0.8, abs=1e-4), pytest.approx(lack, abs=6e-4))
-        assert law_of_samples(linear_step, 28, eta, GaussianFlow(0.0)) == pytest.approx((0.8, 0), abs=1e-4)
+        assert distribution_of_samples(linear_step, 28, eta, GaussianFlow(0.0)) == pytest.approx(
+            (0.8, 0), abs=1e-4
+        )
 
 
 def test_step_of_a_flow_in_closed_form():
-    # eta 0: Euler. eta 1: the posterior of x' given x and x_0 under the forward kernel x = (alpha / alpha') x' + b w
+    # eta 0: Euler. eta 1: the posterior of x' given x and x_0, where x = (alpha / alpha') x' + b w
     model, x, v = GaussianFlow(), 0.3, GaussianFlow().velocity(0.3, 0.7)
     gain, offset, std = linear_step(model, 0.7, 0.4, 0.0)
     assert (gain * x + offset, std) == (pytest.approx(x - 0.3 * v, abs=1e-6), 0)
     b2 = 0.7**2 - (0.3 / 0.6 * 0.4) ** 2
     assert linear_step(model, 0.7, 0.4, 1.0)[2] == pytest.approx(0.4 * math.sqrt(b2) / 0.7, abs=1e-6)
-    assert linear_step(model, 1.0, 0.4, 1.0)[2] == pytest.approx(0.4, abs=1e-6)  # forgets x but for the x_0 it predicts
+    assert linear_step(model, 1.0, 0.4, 1.0)[2] == pytest.approx(0.4, abs=1e-6)  # forgets x but for x_0
     assert linear_step(model, 0.2, 0.0, 1.0)[2] == 0
 
 
 def test_scripts_take_the_same_steps(loaded):
     model = loaded["no_t5"]
-    noise, text = graft.draw_noise(SEEDS, 4, model.latent_shape, model.dtype), model.encode(PROMPTS)
+    noise, text = draw_noise(SEEDS, 4, model.latent_shape, model.dtype), model.encode(PROMPTS)
     for eta in (0.0, 0.7):
         x = graft.sample(model, noise, text, 1.0, eta)
-        assert torch.equal(pgraft.denoise(model, noise[0], [*model.timesteps(4), -1], noise[1:], text, 1.0, eta), x)
-    assert torch.equal(noise_ppo.sample(model, noise[0], text, 4, 1.0), graft.sample(model, noise, text, 1.0, 0.0))
+        assert torch.equal(
+            pgraft.denoise(model, noise[0], [*model.timesteps(4), -1], noise[1:], text, 1.0, eta), x
+        )
+    assert torch.equal(
+        noise_ppo.sample(model, noise[0], text, 4, 1.0), graft.sample(model, noise, text, 1.0, 0.0)
+    )
     assert difference(x, graft.sample(model, noise, text, 1.0, 0.0)) > 0.1
 
 
@@ -205,9 +223,13 @@ def test_denoising_loss(loaded, kind):
         out = model.denoiser(x_t, timestep=t, encoder_hidden_states=states, pooled_projections=pooled).sample
     else:
         ids = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(3, -1)
-        out = model.denoiser(x_t, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
+        out = model.denoiser(
+            x_t, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
+        ).sample
     expected = (out - target).square().mean()
-    assert graft.denoising_loss(model, x_0, text, t, noise, 1.0).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert graft.denoising_loss(model, x_0, text, t, noise, 1.0).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
     clean = pgraft.denoising_loss(model, x_0, (1.0, 0.0), text, t, noise, 1.0)
     assert clean.item() == pytest.approx(expected.item(), rel=1e-4)
 
@@ -220,7 +242,7 @@ def test_flow_timesteps_to_train_on(loaded, models):
     assert abs(z.mean()) < 0.03 and abs(z.std() - 1) < 0.03
     above = model.draw_timesteps(n, seeded(1), 800.0)
     assert above.dtype == torch.float32 and above.min() > 800 and above.max() <= 1000
-    for level in (850, 900, 950):  # the same law, given that it lies above
+    for level in (850, 900, 950):  # the same distribution, given that it lies above
         share = (t[t > 800] > level).double()
         assert abs((above > level).double().mean() - share.mean()) < 0.015
     assert (model.draw_timesteps(1000, seeded(), 999.6) > 999.6).all()
@@ -244,9 +266,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(loaded, kind):
             parameter.grad = None
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*gradients))
     still = [name for name, gradient in zip(model.lora(), gradients[0]) if not gradient.any()]
-    assert all(
-        "transformer_blocks.1.attn.add_q_proj" in name for name in still
-    )  # SD 3 drops the text stream after its last block
+    # SD 3 drops the text stream after its last block
+    assert all("transformer_blocks.1.attn.add_q_proj" in name for name in still)
 
 
 # ---------------------------------------------------------------- LoRA
@@ -281,7 +302,7 @@ def test_lora_reaches_both_streams_of_sd3(loaded):
 
 @pytest.mark.parametrize("kind", ["v", "xl"])
 def test_lora_in_the_format_of_webui(models, loaded, tiny_v, families, tmp_path, kind):
-    """README's conversion: kohya's key names, and the same pictures where diffusers reads them back."""
+    """The documented conversion: kohya's key names, and the same images where diffusers reads them back."""
     from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
     from safetensors.torch import load_file, save_file
 
@@ -309,10 +330,10 @@ def test_switch_in_the_stock_pipeline(loaded, families, tmp_path, kind):
     pipeline = stock_pipeline(families[kind])
     pipeline.load_lora_weights(str(tmp_path))
     args = types.SimpleNamespace(model=families[kind], steps=5, guidance=3.0, eta=0.0, data="x0")
-    save_switch(tmp_path, model, model.timesteps(5)[2], args)
+    pgraft.save_switch(tmp_path, model, model.timesteps(5)[2], args)
     switch = json.loads((tmp_path / "pgraft.json").read_text())["switch_timestep"]
     assert read_switch(tmp_path, "another", model) == switch
-    found = []
+    switches = []
     for steps in (5, 8):  # trained with 5 steps, used with others
 
         def base_from_the_switch_on(pipe, i, t, kwargs):
@@ -321,20 +342,25 @@ def test_switch_in_the_stock_pipeline(loaded, families, tmp_path, kind):
             return kwargs
 
         switch_at = pgraft.switch_step(model.timesteps(steps), switch)
-        noise = pgraft.draw_noise(SEEDS, steps, model.latent_shape, model.dtype)
+        noise = draw_noise(SEEDS, steps, model.latent_shape, model.dtype)
         x_s, x_0 = pgraft.sample(model, noise, model.encode(PROMPTS), 3.0, 0.0, switch_at)
         pipeline.enable_lora()
-        expected = stock(pipeline, steps=steps, guidance=3.0, eta=0.0, callback_on_step_end=base_from_the_switch_on)
+        expected = stock(
+            pipeline, steps=steps, guidance=3.0, eta=0.0, callback_on_step_end=base_from_the_switch_on
+        )
         assert difference(x_0, expected) <= 3e-4
-        found.append(switch_at)
+        switches.append(switch_at)
         for other in (switch_at - 1, switch_at + 1):
-            assert difference(pgraft.sample(model, noise, model.encode(PROMPTS), 3.0, 0.0, other)[1], expected) > 3e-3
-    assert found[0] == 2 and found[1] > 2
+            assert (
+                difference(pgraft.sample(model, noise, model.encode(PROMPTS), 3.0, 0.0, other)[1], expected)
+                > 3e-3
+            )
+    assert switches[0] == 2 and switches[1] > 2
 
 
 def test_switch_of_another_flow_is_refused(loaded, models, tmp_path):
     args = types.SimpleNamespace(model="", steps=5, guidance=3.0, eta=0.0, data="x0")
-    save_switch(tmp_path, loaded["sd3"], 789.5, args)
+    pgraft.save_switch(tmp_path, loaded["sd3"], 789.5, args)
     with pytest.raises(InputError, match=r"does not fit the model.*789\.5"):
         read_switch(tmp_path, "another", models["v"])
 
@@ -350,7 +376,7 @@ def test_noise_policy_with_the_stock_pipeline(loaded, pipelines, kind):
         model.pipeline = copy.copy(model.pipeline)
         pipeline, model.pipeline.scheduler = copy.copy(pipeline), scheduler
         pipeline.scheduler = scheduler
-    text = noise_ppo.read(model, PROMPTS)
+    text = noise_ppo.text_features(model, PROMPTS)
     assert text.shape == (3, 1, {"xl": 40}.get(kind, 32))
     policy = noise_ppo.NoisePolicy(*text.shape[1:], model.latent_shape)
     policy.standardise(text)
@@ -358,7 +384,7 @@ def test_noise_policy_with_the_stock_pipeline(loaded, pipelines, kind):
     policy.pipe = pipeline
     latents = policy.sample(PROMPTS, [torch.Generator().manual_seed(s) for s in SEEDS])
     mean, log_std = policy(text)
-    z = mean + log_std.exp() * noise_ppo.draw_noise(SEEDS, 0, model.latent_shape, torch.float32)[0]
+    z = mean + log_std.exp() * draw_noise(SEEDS, 0, model.latent_shape, torch.float32)[0]
     assert torch.allclose(latents, z, atol=1e-5) and difference(z, mean) > 0.1 and mean.std() > 0.05
     expected = stock(pipeline, steps=4, guidance=3.0, eta=0.0, latents=latents)
     assert difference(noise_ppo.sample(model, z, model.encode(PROMPTS), 4, 3.0), expected) <= 1e-4
@@ -378,7 +404,12 @@ REAL = {  # (tokens, width) that the policy reads, latent, denoiser
             "transformer_layers_per_block": (1, 2, 10),
         },
     ),
-    "sd3": (1, 2048, (16, 128, 128), {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}),
+    "sd3": (
+        1,
+        2048,
+        (16, 128, 128),
+        {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536},
+    ),
 }
 
 
@@ -405,7 +436,9 @@ def test_bfloat16(families, pipelines, kind):
     parameters = model.add_lora(4, 8, "attention", seed=0)
     x_0, noise = (torch.randn(3, *model.latent_shape, generator=seeded(i)) for i in (3, 4))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = graft.denoising_loss(model, x_0, model.encode(PROMPTS), torch.tensor([20, 300, 999]), noise, 3.0)
+        loss = graft.denoising_loss(
+            model, x_0, model.encode(PROMPTS), torch.tensor([20, 300, 999]), noise, 3.0
+        )
     loss.backward()
     assert loss.dtype == torch.float32 and loss.isfinite()
     assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in parameters)
@@ -416,39 +449,31 @@ def test_vae_in_float32_where_the_stock_pipeline_does_so(families):
     assert dtypes == {"xl": torch.float32, "sd3": torch.float16}
 
 
-def test_large_pictures_are_decoded_one_at_a_time(families, loaded, tmp_path):
+def test_large_images_are_decoded_one_at_a_time(families, loaded, tmp_path):
     folder = Path(shutil.copytree(families["sd3"], tmp_path / "large"))
     config = json.loads((folder / "transformer" / "config.json").read_text())
     (folder / "transformer" / "config.json").write_text(json.dumps(config | {"sample_size": 64}))
     model, sizes = Model(str(folder), "cpu", torch.float32), []
     model.vae.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
     latents = torch.randn(3, 16, 8, 8, generator=seeded())
-    assert_same_pictures(model.decode(latents), loaded["no_t5"].decode(latents))
+    assert_same_images(model.decode(latents), loaded["no_t5"].decode(latents))
     assert model.latent_shape == (16, 64, 64) and sizes == [1, 1, 1] and not loaded["no_t5"].vae.use_slicing
 
 
 def test_text_encoders_are_on_the_device_only_while_they_encode(families, monkeypatch):
     model, moves = Model(families["sd3"], "cpu", torch.float32), []
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):  # no accelerator is needed to see the moves
-        monkeypatch.setattr(getattr(model.pipeline, name), "to", lambda device, name=name: moves.append((name[13:], device)))
+    # no accelerator is needed to see the moves
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        encoder = getattr(model.pipeline, name)
+        monkeypatch.setattr(encoder, "to", lambda device, name=name: moves.append((name[13:], device)))
     encode_prompt = model.pipeline.encode_prompt
-    monkeypatch.setattr(model.pipeline, "encode_prompt", lambda **o: (moves.append("encode"), encode_prompt(**o))[1])
+    monkeypatch.setattr(
+        model.pipeline, "encode_prompt", lambda **o: (moves.append("encode"), encode_prompt(**o))[1]
+    )
     model.device = "cpu:0"  # not the word for main memory
     model.encode(PROMPTS)
     model.encode(PROMPTS)  # known now
     assert moves == [*((n, "cpu:0") for n in ("", "2", "3")), "encode", *((n, "cpu") for n in ("", "2", "3"))]
-
-
-def test_8bit_optimizer(monkeypatch):
-    parameters = [torch.nn.Parameter(torch.zeros(2))]
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # not installed
-    with pytest.raises(InputError, match="--optimizer_8bit.*bitsandbytes"):
-        make_adamw(parameters, 1e-3, True)
-    assert type(make_adamw(parameters, 1e-3, False)) is torch.optim.AdamW
-    optim = types.SimpleNamespace(AdamW8bit=lambda parameters, lr, weight_decay: ("8 bit", lr, weight_decay))
-    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
-    assert make_adamw(parameters, 1e-3, True) == ("8 bit", 1e-3, 0.0)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -458,11 +483,13 @@ def test_another_pipeline_is_refused_before_anything_loads(monkeypatch, tmp_path
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, filename: str(tmp_path / filename))
-    with pytest.raises(InputError, match="black/flux: is a FluxPipeline; supported: .*XLPipeline, StableDiffusion3Pipeline"):
+    with pytest.raises(
+        InputError, match="black/flux: is a FluxPipeline; supported: .*XLPipeline, StableDiffusion3Pipeline"
+    ):
         Model("black/flux", "cpu", torch.float32)
     monkeypatch.undo()
     with pytest.raises(InputError, match="no/such: cannot be loaded"):
-        common.check_model_name("no/such")
+        check_model("no/such")
 
 
 @pytest.mark.parametrize(
@@ -481,7 +508,9 @@ def test_scheduler_of_another_kind_is_refused(families, tmp_path, kind, config):
     if "_class_name" in config:
         stored = {"num_train_timesteps": 1000}
         index = json.loads((folder / "model_index.json").read_text())
-        (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", config["_class_name"]]}))
+        (folder / "model_index.json").write_text(
+            json.dumps(index | {"scheduler": ["diffusers", config["_class_name"]]})
+        )
     file.write_text(json.dumps(stored | config))
     with pytest.raises(InputError, match=f"--model {folder}: (its|prediction type)"):
         Model(str(folder), "cpu", torch.float32)
@@ -490,7 +519,7 @@ def test_scheduler_of_another_kind_is_refused(families, tmp_path, kind, config):
 # ---------------------------------------------------------------- NaN
 
 
-def test_pictures_that_are_not_numbers(loaded):
+def test_images_that_are_not_numbers(loaded):
     with pytest.raises(InputError, match="sample 3: NaN or Inf"):
         loaded["no_t5"].decode(torch.full((1, 16, 8, 8), math.inf), "sample 3")
 
@@ -524,23 +553,28 @@ def test_gradients_that_stay_infinite(tiny_arguments, tmp_path, monkeypatch, scr
     assert code == 2 and where in error and f"gradient norm {'inf' if scaled else 'nan'}; lower --lr" in error
 
 
-# ---------------------------------------------------------------- whole runs
+# ---------------------------------------------------------------- complete runs
 
 
 def arguments(folder, prompt_files, script):
-    sizes = "--rounds 1 --prompts_per_round 2 --samples 2 --updates 1 --batch 2 --lora_rank 2 --lr 1e-2 --lora_alpha 5"
+    sizes = "--rounds 1 --prompts_per_round 2 --samples 2 --updates 1 --batch 2 --lr 1e-2"
+    sizes += " --lora_rank 2 --lora_alpha 5"
     sizes += {"graft.py": "", "pgraft.py": " --probe_prompts 2 --probe_restarts 2 --steps 4"}.get(script, "")
     if script == "noise_ppo.py":
-        sizes = "--iterations 1 --prompts_per_iteration 2 --samples 2 --eval_steps 2,3 --no-controls --hidden 8"
-        sizes = sizes.replace("2,3", "2,4") if "xl" in folder else sizes
-    files = f"--prompts {prompt_files.train} --eval_prompts {prompt_files.held_out} --model {folder} --device cpu"
+        sizes = (
+            "--iterations 1 --prompts_per_iteration 2 --samples 2 --eval_steps 2 3 --no-controls --hidden 8"
+        )
+        sizes = sizes.replace("2 3", "2 4") if "xl" in folder else sizes
+    files = (
+        f"--prompts {prompt_files.train} --eval_prompts {prompt_files.held_out} --model {folder} --device cpu"
+    )
     rest = f"--steps 2 --eval_samples 2 --reward jpeg_incompressibility --output run {sizes}"
     return f"{files} {rest}".split()
 
 
 @pytest.mark.parametrize("script", ["graft.py", "pgraft.py", "noise_ppo.py"])
 @pytest.mark.parametrize("kind", ["xl", "sd3"])
-def test_whole_run(families, prompt_files, tmp_path, monkeypatch, kind, script):
+def test_complete_run(families, prompt_files, tmp_path, monkeypatch, kind, script):
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
@@ -548,32 +582,37 @@ def test_whole_run(families, prompt_files, tmp_path, monkeypatch, kind, script):
     code, out, error = run_inside([*argv, "--eval_rewards", "jpeg_compressibility"], script)
     assert code == 0, error
     stored = json.loads(Path("run/args.json").read_text())
-    assert stored["guidance"] == {"xl": 5.0, "sd3": 7.0}[kind] and stored.get("steps") == {"pgraft.py": 4}.get(script, 2)
+    assert stored["guidance"] == {"xl": 5.0, "sd3": 7.0}[kind]
+    assert stored.get("steps") == {"pgraft.py": 4}.get(script, 2)
     eta = {("sd3", "graft.py"): 0.0, ("sd3", "pgraft.py"): 0.5}.get((kind, script), 1.0)
     assert stored.get("eta") == (None if script == "noise_ppo.py" else eta)
-    snippet = out[out.index("import torch; from diffusers") :]
+    printed = out[out.index("import torch; from diffusers") :]
     names = {"xl": "DDIMScheduler, StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
-    assert f"from diffusers import {names[kind]}\n" in snippet
-    assert ("# the stock flow is deterministic" in snippet) == ((kind, script) == ("sd3", "pgraft.py"))
-    exec(snippet, {"json": json})
+    assert f"from diffusers import {names[kind]}\n" in printed
+    assert ("# the stock flow is deterministic" in printed) == ((kind, script) == ("sd3", "pgraft.py"))
+    exec(printed, {"json": json})
     name = "learnt.png" if script == "noise_ppo.py" else "tuned.png"
-    picture, shown = Image.open(name), Image.open("run/grid.png")
-    assert picture.size == (16, 16) and np.asarray(shown).std() > 0
+    image, shown = Image.open(name), Image.open("run/grid.png")
+    assert image.size == (16, 16) and np.asarray(shown).std() > 0
     if script == "graft.py":
         model = Model(families[kind], "cpu", torch.float32)
         model.load_lora("run")
         prompt = Path(prompt_files.held_out).read_text().splitlines()[:1]
-        x = ours(model, prompt, [common.derived_seed("eval", 0, 0)], 2, stored["guidance"], stored["eta"])
-        assert_same_pictures([picture], model.decode(x))
+        x = ours(model, prompt, [derived_seed("eval", 0, 0)], 2, stored["guidance"], stored["eta"])
+        assert_same_images([image], model.decode(x))
 
 
 def test_killed_and_resumed(families, prompt_files, tmp_path):
     argv = [*arguments(families["sd3"], prompt_files, "pgraft.py"), "--no-t5"]
-    for name in ("whole", "killed"):
+    for name in ("complete", "killed"):
         (tmp_path / name).mkdir()
-    assert exit_code(argv, tmp_path / "whole", script="pgraft.py") == 0, (tmp_path / "whole" / "output.txt").read_text()
-    for killer in (("torch.nn.utils", "clip_grad_norm_", 1), ("rewards", "save_checkpoint", 1)):
+    assert exit_code(argv, tmp_path / "complete", script="pgraft.py") == 0, (
+        tmp_path / "complete" / "output.txt"
+    ).read_text()
+    for killer in (("torch.nn.utils", "clip_grad_norm_", 1), ("utils.runs", "save_checkpoint", 1)):
         assert exit_code(argv, tmp_path / "killed", killer, "pgraft.py") < 0
         argv = ["--resume", "run"]
-    assert exit_code(argv, tmp_path / "killed", script="pgraft.py") == 0, (tmp_path / "killed" / "output.txt").read_text()
-    assert_same_run(tmp_path / "killed" / "run", tmp_path / "whole" / "run")
+    assert exit_code(argv, tmp_path / "killed", script="pgraft.py") == 0, (
+        tmp_path / "killed" / "output.txt"
+    ).read_text()
+    assert_same_run(tmp_path / "killed" / "run", tmp_path / "complete" / "run")

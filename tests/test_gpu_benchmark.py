@@ -1,6 +1,6 @@
-"""benchmarks/gpu.py: models of the published sizes, the whole script on shrunk ones, and its CUDA branches as far as a CPU goes."""
+"""benchmarks/gpu.py: models of the published sizes, the script on shrunk ones, and its CUDA branches as far
+as a CPU goes."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -9,15 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run_inside
 
 import common
+import gpu
 import graft
-import rewards
-
-spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
-gpu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu)
+from conftest import ROOT, run_inside
+from utils.runs import parse_arguments
 
 PUBLISHED = {  # parameters of the denoiser, the text encoders
     "sd15": (859_520_964, [123_060_480]),
@@ -34,31 +31,36 @@ def size(module):
 @pytest.mark.parametrize("name", gpu.FAMILIES)
 def test_published_sizes(name):
     with torch.device("meta"):
-        denoiser, vae, encoders = gpu.make_networks(name, {"vocab_size": 49408, "max_position_embeddings": 77})
+        denoiser, vae, encoders = gpu.make_networks(
+            name, {"vocab_size": 49408, "max_position_embeddings": 77}
+        )
     assert (size(denoiser), [size(e) for e in encoders]) == PUBLISHED[name]
     assert size(vae) == (83_819_683 if name == "sd3" else 83_653_863)
-    latent = denoiser.config.in_channels, denoiser.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    latent = (
+        denoiser.config.in_channels,
+        denoiser.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1),
+    )
     assert latent == ((16 if name == "sd3" else 4), {"sd15": 512, "sd21": 768}.get(name, 1024))
 
 
 @pytest.mark.parametrize("name", gpu.FAMILIES)
-def test_flags_are_those_of_the_readme(name):
-    text = " ".join((ROOT / "README.md").read_text().replace("\\\n", " ").split())
-    command = re.search(rf"python graft\.py --model {re.escape(gpu.FAMILIES[name]['model'])} .*?(?= #| ```)", text)[0].split()
+def test_flags_are_those_of_the_docs(name):
+    text = " ".join((ROOT / "docs" / "models.md").read_text().replace("\\\n", " ").split())
+    model = re.escape(gpu.FAMILIES[name]["model"])
+    command = re.search(rf"python graft\.py --model {model} .*?(?= #| ```)", text)[0].split()
     flags = gpu.FAMILIES[name]["flags"].split()
-    for i, word in enumerate(flags):
-        value = flags[i + 1 : i + 2]
-        assert word in command and (
-            word[:2] != "--" or not value or value[0][:2] == "--" or value[0] == command[command.index(word) + 1]
-        )
-    args = rewards.parse_arguments(graft.Args, command[2:])
+    for flag, following in zip(flags, [*flags[1:], "--"]):
+        assert flag in command
+        if flag.startswith("--") and not following.startswith("--"):  # it has a value
+            assert following == command[command.index(flag) + 1]
+    args = parse_arguments(graft.Args, command[2:])
     assert args.gradient_checkpointing and args.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("name", ["sd3"])
 def test_whole_script_on_a_shrunk_model(name, tmp_path):
     bars, out = graft.tqdm, tmp_path / "gpu.json"
-    argv = f"--tiny --device cpu --families {name} --steps 2 --pictures 16 --updates 2 --out {out}".split()
+    argv = f"--tiny --device cpu --families {name} --steps 2 --images 16 --updates 2 --out {out}".split()
     code, text, error = run_inside(argv, "benchmarks/gpu.py")
     assert code == 0 and graft.tqdm is bars, error
     result = json.loads(out.read_text())
@@ -75,14 +77,14 @@ def test_whole_script_on_a_shrunk_model(name, tmp_path):
         "evaluate 1",
         "stock pipeline call",
     ]
-    for phase, rate in (("sample 1", "pictures"), ("update 1", "updates"), ("stock pipeline call", "pictures")):
+    for phase, rate in (("sample 1", "images"), ("update 1", "updates"), ("stock pipeline call", "images")):
         assert phases[phase]["per_second_of"] == rate and phases[phase]["per_second"] > 0
         assert 0 < phases[phase]["share_of_matrix_rate"] < 1 and phases[phase]["reserved"] is None
         assert f"  {phase} " in text
-    equal = [value for check, value in record["checks"].items() if check.startswith("our pictures")]
+    equal = [value for check, value in record["checks"].items() if check.startswith("our images")]
     assert len(equal) == 2 and all(value.startswith("ok") for value in equal)
-    others = [value for check, value in record["checks"].items() if not check.startswith("our pictures")]
-    assert len(others) == 4 and set(others) == {"not measured: needs CUDA"}
+    others = [value for check, value in record["checks"].items() if not check.startswith("our images")]
+    assert len(others) == 3 and set(others) == {"not measured: needs CUDA"}
 
 
 def test_families_measured_before_are_kept(tmp_path, monkeypatch):
@@ -100,7 +102,7 @@ def test_families_measured_before_are_kept(tmp_path, monkeypatch):
 
 def test_bad_options(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for argv, named in (([], "no CUDA device found"), ("--device cpu --pictures 10".split(), "--pictures")):
+    for argv, named in (([], "no CUDA device found"), ("--device cpu --images 10".split(), "--images")):
         code, _, error = run_inside(argv, "benchmarks/gpu.py")
         assert code == 2 and named in error
 
@@ -119,32 +121,38 @@ class Card(str):
 
 @pytest.fixture
 def card(monkeypatch):
-    """A device on which the script takes its CUDA branches; `mode` holds the setting of torch's detection of waits."""
-    found = SimpleNamespace(device=Card("cpu"), mode="default", fractions=[])
+    """A device on which the script takes its CUDA branches. mode: how torch is to treat waits for it."""
+    state = SimpleNamespace(device=Card("cpu"), mode="default", fractions=[])
     used = iter(range(10**9, 10**12, 10**9))
     fakes = {name: lambda: None for name in ("empty_cache", "synchronize", "reset_peak_memory_stats")}
-    fakes |= {"max_memory_allocated": lambda: 2e9, "max_memory_reserved": lambda: next(used), "memory_reserved": lambda: 10**9}
+    fakes |= {
+        "max_memory_allocated": lambda: 2e9,
+        "max_memory_reserved": lambda: next(used),
+        "memory_reserved": lambda: 10**9,
+    }
     fakes |= {
         "mem_get_info": lambda: (84 * 10**9, 86 * 10**9),
-        "set_sync_debug_mode": lambda mode: setattr(found, "mode", mode),
+        "set_sync_debug_mode": lambda mode: setattr(state, "mode", mode),
     }
     fakes |= {"get_device_properties": lambda index: SimpleNamespace(total_memory=86 * 10**9)}
-    fakes |= {"set_per_process_memory_fraction": found.fractions.append}
+    fakes |= {"set_per_process_memory_fraction": state.fractions.append}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    return found
+    return state
 
 
 def test_cuda_branches(card, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    options = SimpleNamespace(device=card.device, tiny=True, pictures=16, steps=2, updates=2)
+    options = SimpleNamespace(device=card.device, tiny=True, images=16, steps=2, updates=2)
     record = gpu.measure("sd15", options, 1e12)
     assert [phase["reserved"] for phase in record["phases"]] == [1, 2, 3, 4, 5, 6]
     checks = record["checks"]
     assert checks["no wait inside the sampler's loop"] == "ok" and card.mode == "default"
-    assert checks["20 updates in float16"].startswith("FAILED: --dtype float16 needs a CUDA device")  # so says graft.py itself
-    assert checks["8-bit optimiser"] == "not measured: bitsandbytes is not installed"
-    assert checks["memory target"].startswith("met: 8 GB, of which 1.00 are outside torch; ok: 2 updates, at most ")
+    assert checks["20 updates in float16"].startswith(
+        "FAILED: --dtype float16 needs a CUDA device"
+    )  # so says graft.py itself
+    assert checks["memory target"].startswith(
+        "met: 8 GB, of which 1.00 are outside torch; ok: 2 updates, at most "
+    )
     assert card.fractions[-2:] == [pytest.approx(7 / 86), 1.0]
 
     def too_much(*_):
@@ -152,15 +160,16 @@ def test_cuda_branches(card, monkeypatch):
 
     monkeypatch.setattr(gpu, "run_graft", too_much)
     args = graft.Args(steps=2, guidance=2.0, micro_batch=2)
-    monkeypatch.setattr(gpu, "check_pictures", too_much)
+    monkeypatch.setattr(gpu, "check_images", too_much)
     monkeypatch.setattr(gpu, "check_no_wait", too_much)
-    found = gpu.all_checks(gpu.FAMILIES["sd15"], "", [], [], args, card.device, Path())
-    assert found["memory target"].startswith("missed: 8 GB") and found["memory target"].endswith("FAILED: out of memory")
+    answers = gpu.all_checks(gpu.FAMILIES["sd15"], "", [], [], args, card.device, Path())
+    target = answers["memory target"]
+    assert target.startswith("missed: 8 GB") and target.endswith("FAILED: out of memory")
 
 
 @pytest.mark.parametrize("script_encodes", [False, True])
 def test_a_wait_inside_the_loop_is_found(card, models, tiny_epsilon, monkeypatch, script_encodes):
-    """With guidance, nothing may go from main memory to the device inside the loop; an encoded text would."""
+    """With guidance, nothing may go from main memory to the device inside the loop. An encoded text would."""
 
     def encode(model, prompts, original=common.Model.encode):
         if card.mode == "error":
@@ -169,8 +178,12 @@ def test_a_wait_inside_the_loop_is_found(card, models, tiny_epsilon, monkeypatch
 
     monkeypatch.setattr(common.Model, "encode", encode)
     if script_encodes:
-        monkeypatch.setattr(graft, "guided_prediction", lambda model, x, t, text, _: model.predict(x, t, model.encode([""])))
+
+        def predict(model, x, t, text, _):
+            return model.predict(x, t, model.encode([""]))
+
+        monkeypatch.setattr(graft, "guided_prediction", predict)
     args = SimpleNamespace(dtype="float32", t5=True, guidance=3.0, eta=1.0)
-    found = gpu.check_no_wait(tiny_epsilon, ["a red circle"], args, card.device)
-    assert found.startswith("FAILED: waits in graft.py, line ") if script_encodes else found == "ok"
+    answer = gpu.check_no_wait(tiny_epsilon, ["a red circle"], args, card.device)
+    assert answer.startswith("FAILED: waits in graft.py, line ") if script_encodes else answer == "ok"
     assert card.mode == "default"

@@ -1,5 +1,7 @@
-"""inverse_noise_correction.py: the inverse and the corrector against closed forms, the sampler against the stock scheduler, whole runs."""
+"""inverse_noise_correction.py: the inverse and the corrector against closed forms, the sampler against the
+stock scheduler, whole runs."""
 
+import copy
 import json
 import math
 import shutil
@@ -11,11 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+import inverse_noise_correction as inc
+from common import Flow, check_flow, derived_seed, model_hash
 from conftest import (
-    ROOT,
     assert_mean,
     assert_one_line,
-    assert_same_pictures,
+    assert_same_images,
     assert_same_run,
     environment,
     exit_code,
@@ -25,21 +30,28 @@ from conftest import (
     run_script,
     seeded,
 )
-from PIL import Image
-
-import inverse_noise_correction as inc
-from common import InputError, derived_seed
-from inverse_noise_correction import Corrector, correct, euler_invert, euler_sample, interpolant
-from rewards import frechet_distance, frechet_features, noise_statistics
-from shapes import flow as flows
-from shapes import flow_data
-from shapes.flow import Flow
+from inverse_noise_correction import (
+    Corrector,
+    correct,
+    count_flops,
+    euler_invert,
+    euler_sample,
+    flow_loss,
+    frechet_distance,
+    frechet_features,
+    interpolant,
+    new_network,
+    noise_statistics,
+)
+from shapes import train_flow
+from utils.runs import InputError
 
 SCRIPT = "inverse_noise_correction.py"
 EVEN = torch.linspace(1, 0, 9, dtype=torch.float64)
 UNEVEN = torch.tensor([1, 0.97, 0.8, 0.55, 0.5, 0.2, 0.15, 0], dtype=torch.float64)
 GRIDS = pytest.mark.parametrize("sigmas", [EVEN, UNEVEN], ids=["even", "uneven"])
 MEMORY = pytest.mark.parametrize("memory", [0, 1, 2, 4])
+ONE = torch.ones(1, 1, dtype=torch.float64)
 
 
 def randn(*shape, seed=0):
@@ -70,10 +82,10 @@ def test_euler_sample_is_the_loop(sigmas):
         times.append(sigma[0].item())
         return nonlinear(x, sigma)
 
-    found, expected = euler_sample(velocity, x, sigmas), x
+    sampled, expected = euler_sample(velocity, x, sigmas), x
     for k in range(len(sigmas) - 1):
         expected = expected + (sigmas[k + 1] - sigmas[k]) * nonlinear(expected, sigmas[k].repeat(3))
-    assert torch.equal(found, expected) and times == sigmas[:-1].tolist()
+    assert torch.equal(sampled, expected) and times == sigmas[:-1].tolist()
 
 
 @GRIDS
@@ -82,11 +94,11 @@ def test_euler_sample_is_the_loop(sigmas):
 def test_inverse(velocity, sigmas, memory):
     noise = randn(5, 2, 4, 4)
     x = euler_sample(velocity, noise, sigmas)
-    found = euler_invert(velocity, x, sigmas, 200, 1e-12, memory)
-    assert found.converged.all() and found.residual.max() <= 1e-12
-    assert (found.noise - noise).abs().max() < 1e-10
-    assert len(found.iterations) == len(found.contraction) == len(sigmas) - 1
-    # what must not pass for the inverse: the velocity at the known point, or at the later level
+    inversion = euler_invert(velocity, x, sigmas, 200, 1e-12, memory)
+    assert inversion.converged.all() and inversion.residual.max() <= 1e-12
+    assert (inversion.noise - noise).abs().max() < 1e-10
+    assert len(inversion.iterations) == len(inversion.contraction) == len(sigmas) - 1
+    # two maps that are not the inverse: the velocity at the known point, or at the later level
     explicit, late = x, x
     for now, after in reversed(list(zip(sigmas, sigmas[1:]))):
         explicit = explicit - (after - now) * velocity(explicit, now.repeat(5))
@@ -101,9 +113,9 @@ def test_inverse(velocity, sigmas, memory):
 @MEMORY
 def test_tolerance_bounds_the_residual_and_the_round_trip(sigmas, memory):
     x = randn(50, 1, 4, 4)
-    coarse, fine = (euler_invert(nonlinear, x, sigmas, 200, tolerance, memory) for tolerance in (1e-3, 1e-9))
+    coarse, fine = (euler_invert(nonlinear, x, sigmas, 200, limit, memory) for limit in (1e-3, 1e-9))
     assert coarse.calls < fine.calls and 1e-9 < coarse.residual.max() <= 1e-3
-    errors = [(euler_sample(nonlinear, found.noise, sigmas) - x).abs().max() for found in (coarse, fine)]
+    errors = [(euler_sample(nonlinear, i.noise, sigmas) - x).abs().max() for i in (coarse, fine)]
     assert 1e-6 < errors[0] < 2e-2 and errors[1] < 1e-7
     assert all(a <= b for a, b in zip(coarse.iterations, fine.iterations))
 
@@ -112,12 +124,17 @@ def test_tolerance_bounds_the_residual_and_the_round_trip(sigmas, memory):
 def test_contraction_is_the_slope_times_the_step(memory):
     slopes = torch.tensor([0.9, 0.1, 1.5, 2.0, 0.5, 0.05, 1.0], dtype=torch.float64)
     by_level = dict(zip(UNEVEN.tolist(), slopes.tolist()))
-    found = euler_invert(lambda x, sigma: by_level[sigma[0].item()] * x, randn(6, 1, 2, 2), UNEVEN, 100, 1e-9, memory)
-    assert found.contraction == pytest.approx((slopes * -UNEVEN.diff()).tolist(), rel=1e-3)
+
+    def velocity(x, sigma):
+        return by_level[sigma[0].item()] * x
+
+    inversion = euler_invert(velocity, randn(6, 1, 2, 2), UNEVEN, 100, 1e-9, memory)
+    assert inversion.contraction == pytest.approx((slopes * -UNEVEN.diff()).tolist(), rel=1e-3)
 
 
 def test_acceleration_inverts_where_the_plain_iteration_expands():
-    """Slopes of -12 on the even grid: T stretches by 2.5, so it has an inverse; the plain iteration expands by 1.5 and misses it."""
+    """Slopes of -12 on the even grid. T stretches by 2.5, so it has an inverse. The plain iteration expands
+    by 1.5 and misses it."""
 
     def velocity(x, sigma):
         return -12 * x + 0.1 * torch.sin(3 * x)
@@ -131,31 +148,36 @@ def test_acceleration_inverts_where_the_plain_iteration_expands():
 
 
 def test_expanding_step_is_detected_and_spares_the_others():
-    """Samples above 1 expand in the last step (slope 9 on an even grid of 8 steps); the others are inverted as if alone."""
+    """Samples above 1 expand in the last step (slope 9 on an even grid of 8 steps). The others are inverted
+    as if they were alone."""
 
     def velocity(x, sigma):
         steep = (x.mean((1, 2, 3), keepdim=True) > 1) & (column(sigma, x) < 0.2)
         return x * torch.where(steep, 9.0, 0.5)
 
     x = 0.1 * randn(6, 1, 4, 4) + torch.tensor([2.0, 0, 2, 0, 0, 3]).view(6, 1, 1, 1)
-    found = euler_invert(velocity, x, EVEN, 40, 1e-10, 0)
-    assert found.converged.tolist() == [False, True, False, True, True, False]
-    assert (found.residual[~found.converged] > 1e-3).all() and found.iterations[-1] == 40
-    assert max(found.iterations[:-1]) < 40  # nothing is spent on the failed ones afterwards
-    alone = euler_invert(velocity, x[found.converged], EVEN, 40, 1e-10, 0)
-    assert torch.equal(alone.noise, found.noise[found.converged]) and alone.converged.all()
-    assert found.calls == alone.calls + 3 * 40
+    inversion = euler_invert(velocity, x, EVEN, 40, 1e-10, 0)
+    converged = inversion.converged
+    assert converged.tolist() == [False, True, False, True, True, False]
+    assert (inversion.residual[~converged] > 1e-3).all() and inversion.iterations[-1] == 40
+    assert max(inversion.iterations[:-1]) < 40  # nothing is spent on the failed ones afterwards
+    alone = euler_invert(velocity, x[converged], EVEN, 40, 1e-10, 0)
+    assert torch.equal(alone.noise, inversion.noise[converged]) and alone.converged.all()
+    assert inversion.calls == alone.calls + 3 * 40
 
 
 def test_residual_in_closed_form():
-    """v = -0.6 x: the plain iteration's n-th change is (0.6 h)^n x, h the step; of several steps the worst one's last change counts."""
+    """v = -0.6 x: the plain iteration's n-th change is (0.6 h)^n x, h the step. Of several steps the worst
+    one's last change counts."""
 
     def invert(x, *sigmas):
-        return euler_invert(lambda x, sigma: -0.6 * x, x, torch.tensor(sigmas, dtype=torch.float64), 100, 1e-4, 0)
+        sigmas = torch.tensor(sigmas, dtype=torch.float64)
+        return euler_invert(lambda x, sigma: -0.6 * x, x, sigmas, 100, 1e-4, 0)
 
     x = randn(8, 1, 3, 5) * torch.logspace(0, 1, 8, dtype=torch.float64).view(8, 1, 1, 1)
-    found = invert(x[:1], 1.0, 0.0)
-    assert found.residual.item() == pytest.approx(0.6 ** found.iterations[0] * x[0].square().mean().sqrt().item())
+    inversion = invert(x[:1], 1.0, 0.0)
+    expected = 0.6 ** inversion.iterations[0] * x[0].square().mean().sqrt().item()
+    assert inversion.residual.item() == pytest.approx(expected)
     last = invert(x, 0.5, 0.0)
     first = invert(last.noise, 1.0, 0.5)
     assert torch.equal(invert(x, 1.0, 0.5, 0.0).residual, torch.maximum(last.residual, first.residual))
@@ -166,8 +188,8 @@ def test_nan_has_not_converged():
     def velocity(x, sigma):
         return torch.where(x[:, :1] > 1, math.nan, 0.3 * x)
 
-    found = euler_invert(velocity, torch.tensor([[0.5], [2.0], [-1.0]], dtype=torch.float64), EVEN, 20, 1e-10, 0)
-    assert found.converged.tolist() == [True, False, True]
+    x = torch.tensor([[0.5], [2.0], [-1.0]], dtype=torch.float64)
+    assert euler_invert(velocity, x, EVEN, 20, 1e-10, 0).converged.tolist() == [True, False, True]
 
 
 def test_converged_samples_cost_no_calls():
@@ -180,18 +202,20 @@ def test_converged_samples_cost_no_calls():
 
     x = randn(4, 1, 2, 2)
     x[1] = 0
-    found = euler_invert(velocity, x, EVEN, 100, 1e-6, 0)
-    assert found.calls == sum(sizes) and sizes[:2] == [4, 3] and sum(sizes) < 4 * len(sizes)
-    assert sum(found.iterations) == len(sizes)
+    inversion = euler_invert(velocity, x, EVEN, 100, 1e-6, 0)
+    assert inversion.calls == sum(sizes) and sizes[:2] == [4, 3] and sum(sizes) < 4 * len(sizes)
+    assert sum(inversion.iterations) == len(sizes)
 
 
 def test_too_few_iterations_are_not_enough():
-    found = euler_invert(lambda x, sigma: 4 * x, randn(3, 1, 2, 2), EVEN, 3, 1e-6, 0)
-    assert not found.converged.any() and found.calls == 9  # the first step tried is the last one made
+    inversion = euler_invert(lambda x, sigma: 4 * x, randn(3, 1, 2, 2), EVEN, 3, 1e-6, 0)
+    # the first step that is tried is the last one of the sampler
+    assert not inversion.converged.any() and inversion.calls == 9
 
 
-def test_failed_pictures_are_left_out_and_counted(tmp_path):
-    """Pictures above 1 cannot be inverted; the others' noises come in order, also from the files of a stopped run."""
+def test_failed_images_are_left_out_and_counted(tmp_path):
+    """Images above 1 cannot be inverted. The others' noises come in order, also from the files of a stopped
+    run."""
 
     def velocity(x, sigma):
         calls.append(len(x))
@@ -201,28 +225,29 @@ def test_failed_pictures_are_left_out_and_counted(tmp_path):
     x = 0.1 * randn(40, 1, 4, 4).float()
     x[bad] += 3
     flow, sigmas = SimpleNamespace(velocity=velocity), EVEN.float()
-    args = SimpleNamespace(sample_batch=16, max_iterations=30, tolerance=1e-5, memory=0, max_failed=0.1, device="cpu")
+    args = SimpleNamespace(sample_batch=16, max_iterations=30, tolerance=1e-5, device="cpu")
+    args.memory, args.max_failed = 0, 0.1
     (tmp_path / "args.json").write_text("{}")
-    noises, report = inc.invert_pictures(flow, x, sigmas, args, tmp_path)
+    noises, report = inc.invert_images(flow, x, sigmas, args, tmp_path)
     good = torch.tensor([i for i in range(40) if i not in bad])
-    assert (report["left_out"], report["pictures"]) == (3, 40) and torch.allclose(
-        euler_sample(velocity, noises, sigmas), x[good], atol=1e-4
-    )
-    assert report["calls"] == euler_invert(velocity, x, sigmas, 30, 1e-5, 0).calls and report["largest_residual"] <= 1e-5
+    assert (report["left_out"], report["images"]) == (3, 40)
+    assert torch.allclose(euler_sample(velocity, noises, sigmas), x[good], atol=1e-4)
+    assert report["calls"] == euler_invert(velocity, x, sigmas, 30, 1e-5, 0).calls
+    assert report["largest_residual"] <= 1e-5
     assert 0 < report["round_trip_error"] < report["largest_round_trip_error"] < 1e-4
     calls.clear()
-    again, _ = inc.invert_pictures(flow, x, sigmas, args, tmp_path)
+    again, _ = inc.invert_images(flow, x, sigmas, args, tmp_path)
     assert torch.equal(again, noises) and not calls
     args.max_failed = 0.05
-    with pytest.raises(InputError, match="3 of the first 16 pictures.*--steps"):
-        inc.invert_pictures(flow, x, sigmas, args, tmp_path)
+    with pytest.raises(InputError, match="3 of the first 16 images.*--steps"):
+        inc.invert_images(flow, x, sigmas, args, tmp_path)
 
 
 # ---------------------------------------------------------------- the Gaussian case: everything is known
 
 
 def gaussian_velocity(std):
-    """E[eps - x | x_sigma] for pictures N(0, std^2)."""
+    """E[eps - x | x_sigma] for images N(0, std^2)."""
 
     def velocity(x, sigma):
         sigma = column(sigma, x)
@@ -233,52 +258,63 @@ def gaussian_velocity(std):
 
 def sampled_std(std, sigmas):
     """Of T(eps) for the exact velocity of N(0, std^2)."""
-    return euler_sample(gaussian_velocity(std), torch.ones(1, 1, dtype=torch.float64), sigmas).item()
+    return euler_sample(gaussian_velocity(std), ONE, sigmas).item()
 
 
-@pytest.mark.parametrize("steps, std, expected", [(8, 0.1, 1.86), (8, 0.5, 1.20), (6, 0.1, 2.33), (16, 0.1, 1.33)])
-def test_inverted_noise_of_gaussian_pictures(steps, std, expected):
+@pytest.mark.parametrize(
+    "steps, std, expected", [(8, 0.1, 1.86), (8, 0.5, 1.20), (6, 0.1, 2.33), (16, 0.1, 1.33)]
+)
+def test_inverted_noise_of_gaussian_images(steps, std, expected):
     sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    pictures = std * randn(2000, 1, 2, 2)
-    found = euler_invert(gaussian_velocity(std), pictures, sigmas, 100, 1e-10)
+    images = std * randn(2000, 1, 2, 2)
+    inversion = euler_invert(gaussian_velocity(std), images, sigmas, 100, 1e-10)
     ratio = std / sampled_std(std, sigmas)
-    assert torch.allclose(found.noise, pictures / std * ratio) and ratio == pytest.approx(expected, abs=0.01)
-    slopes = [gaussian_velocity(std)(torch.ones(1, 1, dtype=torch.float64), sigma[None]).item() for sigma in sigmas[:-1]]
-    assert found.contraction == pytest.approx([abs(slope) / steps for slope in slopes], rel=1e-3)
-    # the exact flow shrinks pictures by a(0) / a(sigma) in the last step, which is no bound for the inverse of Euler's
-    exact = abs(std / (sigmas[-2] ** 2 + (1 - sigmas[-2]) ** 2 * std**2).sqrt().item() - 1)
+    assert torch.allclose(inversion.noise, images / std * ratio)
+    assert ratio == pytest.approx(expected, abs=0.01)
+    slopes = [gaussian_velocity(std)(ONE, sigma[None]).item() for sigma in sigmas[:-1]]
+    assert inversion.contraction == pytest.approx([abs(slope) / steps for slope in slopes], rel=1e-3)
+    # the exact flow shrinks images by a(0) / a(sigma) in the last step: no bound for the inverse of Euler's
+    last = sigmas[-2]
+    exact = abs(std / (last**2 + (1 - last) ** 2 * std**2).sqrt().item() - 1)
     if (steps, std) == (8, 0.1):
-        assert found.contraction[-1] == pytest.approx(0.62, abs=0.01) and exact == pytest.approx(0.34, abs=0.01)
+        assert inversion.contraction[-1] == pytest.approx(0.62, abs=0.01)
+        assert exact == pytest.approx(0.34, abs=0.01)
 
 
-def law_velocity(r):
+def corrector_velocity(r):
     """The corrector's exact velocity for z ~ N(0, r^2)."""
 
     def velocity(y, t):
         t = column(0.5 * math.pi * t, y)
-        return 0.5 * math.pi * (r**2 - 1) * t.sin() * t.cos() / (t.cos() ** 2 + r**2 * t.sin() ** 2) * y
+        slope = (r**2 - 1) * t.sin() * t.cos() / (t.cos() ** 2 + r**2 * t.sin() ** 2)
+        return 0.5 * math.pi * slope * y
 
     return velocity
 
 
 @pytest.mark.parametrize("r", [0.5, 1.0, 1.8])
-def test_exact_corrector_has_the_law_of_the_noises(r):
+def test_exact_corrector_has_the_distribution_of_the_noises(r):
     one = torch.ones(2, 1, 1, 1, dtype=torch.float64)
-    errors = [abs(correct(law_velocity(r), one, steps)[0].item() - r) for steps in (50, 100, 1000)]
+    errors = [abs(correct(corrector_velocity(r), one, n)[0].item() - r) for n in (50, 100, 1000)]
     assert errors[2] < 5e-3 and errors[1] <= 0.6 * errors[0] + 1e-12
     if r == 1:
         assert errors == [0, 0, 0]
-    # whole chain: T of the corrected noise has the pictures' law
+    # whole chain: T of the corrected noise has the images' distribution
     std = 0.3
     ratio = std / sampled_std(std, EVEN)
-    z = correct(law_velocity(ratio), one, 4000)
+    z = correct(corrector_velocity(ratio), one, 4000)
     assert euler_sample(gaussian_velocity(std), z, EVEN)[0].item() == pytest.approx(std, rel=1e-3)
 
 
 def test_correct_is_evaluated_at_these_times():
-    seen = []
-    found = correct(lambda y, t: seen.append(t.tolist()) or torch.ones_like(y), torch.zeros(2, 1), 4)
-    assert seen == [[t, t] for t in (0, 0.25, 0.5, 0.75)] and torch.equal(found, torch.ones(2, 1))
+    times = []
+
+    def velocity(y, t):
+        times.append(t.tolist())
+        return torch.ones_like(y)
+
+    corrected = correct(velocity, torch.zeros(2, 1), 4)
+    assert times == [[t, t] for t in (0, 0.25, 0.5, 0.75)] and torch.equal(corrected, torch.ones(2, 1))
 
 
 def test_interpolant():
@@ -287,7 +323,8 @@ def test_interpolant():
     y, slope = interpolant(eps, z, t)
     assert torch.allclose(y[0], eps[0]) and torch.allclose(y[-1], z[-1]) and y.shape == eps.shape
     h = 1e-5
-    assert torch.allclose((interpolant(eps, z, t + h)[0] - interpolant(eps, z, t - h)[0]) / (2 * h), slope, atol=1e-8)
+    numerical = (interpolant(eps, z, t + h)[0] - interpolant(eps, z, t - h)[0]) / (2 * h)
+    assert torch.allclose(numerical, slope, atol=1e-8)
     angle = math.pi / 6
     third = interpolant(eps, z, torch.full_like(t, 1 / 3))[0]
     assert torch.allclose(third, math.cos(angle) * eps + math.sin(angle) * z)
@@ -295,34 +332,32 @@ def test_interpolant():
 
 @pytest.mark.parametrize("r", [1.0, 0.6])
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
-def test_velocity_is_zero_only_if_the_law_is_standard(r, t):
+def test_velocity_is_zero_only_for_standard_noise(r, t):
     """The regression of dy/dt on y is the exact velocity: zero for N(0, I) at every t."""
-    y, slope = interpolant(randn(200_000, 1), r * randn(200_000, 1, seed=1), torch.full((200_000,), t, dtype=torch.float64))
-    expected = law_velocity(r)(torch.ones(1, 1, dtype=torch.float64), torch.tensor([t], dtype=torch.float64)).item()
+    times = torch.full((200_000,), t, dtype=torch.float64)
+    y, slope = interpolant(randn(200_000, 1), r * randn(200_000, 1, seed=1), times)
+    expected = corrector_velocity(r)(ONE, times[:1]).item()
     assert_mean(((slope - expected * y) * y).flatten(), 0.0)
     assert (expected == 0) == (r == 1)
 
 
 def new_unet(seed=0, size=8, channels=1):
     torch.manual_seed(seed)
-    return flows.new_network("unet:4,8", size, channels, channels)
+    return new_network("unet:4,8", size, channels, channels)
 
 
-def zero_network(spec, size):
-    return flows.new_network(spec, size, 2, 2, zero=True)
-
-
-def settings_of(**more):
-    return {"corrector_steps": 3, "scale": 1.7, "normalise": "scale"} | more
+def settings_of(**changed):
+    return {"corrector_steps": 3, "scale": 1.7, "normalise": "scale"} | changed
 
 
 @pytest.mark.parametrize("spec", ["unet:4,8", "token:8,8"])
 def test_new_corrector_is_the_control(spec):
-    z, eps = 1.7 * randn(400, 1, 4, 4).float() @ randn(4, 4, seed=2).float() + 0.5, randn(6, 1, 4, 4, seed=1).float()
-    scale_only = Corrector(zero_network(spec, 4), settings_of(), {})
-    assert torch.equal(scale_only(eps), 1.7 * eps) and torch.equal(scale_only.standardise(1.7 * eps), 1.7 * eps / 1.7)
-    law = inc.gaussian_of(z)
-    gaussian = Corrector(zero_network(spec, 4), settings_of(), law)
+    z = 1.7 * randn(400, 1, 4, 4).float() @ randn(4, 4, seed=2).float() + 0.5
+    eps = randn(6, 1, 4, 4, seed=1).float()
+    scale_only = Corrector(new_network(spec, 4, 2, 2, zero=True), settings_of(), {})
+    assert torch.equal(scale_only(eps), 1.7 * eps)
+    assert torch.equal(scale_only.standardise(1.7 * eps), 1.7 * eps / 1.7)
+    gaussian = Corrector(new_network(spec, 4, 2, 2, zero=True), settings_of(), inc.gaussian_of(z))
     white = gaussian.standardise(z).flatten(1)
     assert white.mean(0).abs().max() < 1e-3 and (torch.cov(white.T) - torch.eye(16)).abs().max() < 1e-2
     assert torch.allclose(gaussian.destandardise(gaussian.standardise(z)), z, atol=1e-3)
@@ -332,7 +367,8 @@ def test_new_corrector_is_the_control(spec):
 
 
 class PerChannel(torch.nn.Module):
-    """u = y times a polynomial of t, one for each channel: holds the exact velocity of N(0, diag) well enough."""
+    """u = y times a polynomial of t, one for each channel: holds the exact velocity of N(0, diag) well
+    enough."""
 
     config = SimpleNamespace()
 
@@ -343,7 +379,8 @@ class PerChannel(torch.nn.Module):
     def forward(self, x, t):
         assert x.shape[1] == self.weight.shape[1] + 1  # the norm's plane
         t = t / 500 - 1
-        factor = (torch.stack([t**k for k in range(6)], 1) @ self.weight)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        factor = torch.stack([t**k for k in range(6)], 1) @ self.weight
+        factor = factor[:, :, None, None].expand(-1, -1, *x.shape[2:])
         return SimpleNamespace(sample=torch.cat([torch.zeros_like(factor), factor], 1))
 
 
@@ -357,30 +394,35 @@ class OfTheNorm(torch.nn.Module):
         self.body = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.SiLU(), torch.nn.Linear(32, 1))
 
     def forward(self, x, t):
-        factor = self.body(torch.stack([x[:, -1, 0, 0], t / 500 - 1], 1))[:, :, None, None].expand_as(x[:, :1])
+        factor = self.body(torch.stack([x[:, -1, 0, 0], t / 500 - 1], 1))
+        factor = factor[:, :, None, None].expand_as(x[:, :1])
         return SimpleNamespace(sample=torch.cat([torch.zeros_like(factor), factor], 1))
 
 
 def test_corrector_is_told_the_norm():
-    """u = a + b y; the extra plane is (|y|^2 / d - 1) sqrt(d / 2). With it alone a law on a thin shell is learnt."""
-    seen = []
+    """u = a + b y. The extra plane is (|y|^2 / d - 1) sqrt(d / 2). With it alone a distribution on a thin
+    shell is learnt."""
+    calls = []
 
     def network(x, t, **_):
-        seen.append((x, t))
-        return SimpleNamespace(sample=torch.cat([torch.full_like(x[:, :1], 3), torch.full_like(x[:, :1], 2)], 1))
+        calls.append((x, t))
+        a, b = torch.full_like(x[:, :1], 3), torch.full_like(x[:, :1], 2)
+        return SimpleNamespace(sample=torch.cat([a, b], 1))
 
     network.config = SimpleNamespace()
     y = randn(5, 1, 4, 4)
-    found = Corrector(network, settings_of(), {}).velocity(y, torch.full((5,), 0.25))
-    assert torch.allclose(found, 3 + 2 * y) and torch.equal(seen[0][0][:, :1], y) and (seen[0][1] == 750).all()
+    u = Corrector(network, settings_of(), {}).velocity(y, torch.full((5,), 0.25))
+    (inputs, t) = calls[0]
+    assert torch.allclose(u, 3 + 2 * y) and torch.equal(inputs[:, :1], y) and (t == 750).all()
     plane = (y.square().mean((1, 2, 3)) - 1) * 8**0.5
-    assert torch.allclose(seen[0][0][:, 1], plane[:, None, None].expand(5, 4, 4))
+    assert torch.allclose(inputs[:, 1], plane[:, None, None].expand(5, 4, 4))
 
     z = torch.randn(4000, 1, 4, 4, generator=seeded())
     z = z / z.square().mean((1, 2, 3), keepdim=True).sqrt()  # on the sphere
     torch.manual_seed(0)
     corrector = Corrector(OfTheNorm(), settings_of(scale=1.0, corrector_steps=50), {})
-    args = SimpleNamespace(device="cpu", batch=256, sample_batch=500, updates=400, lr=0.01, seed=0, checkpoint_every=100)
+    args = SimpleNamespace(device="cpu", batch=256, sample_batch=500, updates=400, lr=0.01, seed=0)
+    args.checkpoint_every = 100
     inc.train_corrector(corrector, z[:400], z[400:], args, {}, lambda: None)
     eps = torch.randn(4000, 1, 4, 4, generator=seeded(1))
     before, after = (x.square().mean((1, 2, 3)).sqrt() for x in (eps, corrector(eps)))
@@ -389,39 +431,44 @@ def test_corrector_is_told_the_norm():
 
 def test_match_norms():
     eps, norms = randn(20_000, 1, 3, 4), 2 + torch.rand(5000, generator=seeded(1), dtype=torch.float64)
-    found = inc.match_norms(eps, norms)
-    length, before = found.flatten(1).norm(dim=1), eps.flatten(1).norm(dim=1)
+    matched = inc.match_norms(eps, norms)
+    length, before = matched.flatten(1).norm(dim=1), eps.flatten(1).norm(dim=1)
     grid = torch.linspace(0.02, 0.98, 9, dtype=torch.float64)
     assert torch.allclose(length.quantile(grid), norms.quantile(grid), atol=0.02)
-    assert torch.equal(length.argsort(), before.argsort()) and torch.allclose(
-        found / eps, (length / before)[:, None, None, None]
-    )
+    assert torch.equal(length.argsort(), before.argsort())
+    assert torch.allclose(matched / eps, (length / before)[:, None, None, None])
 
 
-def test_learnt_corrector_has_the_known_law():
-    """z ~ N(0, diag(0.6, 1.4)^2): the trained corrector's noises have these deviations, the scale-only control's have not."""
+def test_learnt_corrector_has_the_known_distribution():
+    """z ~ N(0, diag(0.6, 1.4)^2): the trained corrector's noises have these deviations, those of the
+    scale-only control do not."""
     stds = torch.tensor([0.6, 1.4]).view(1, 2, 1, 1)
     z = stds * torch.randn(3000, 2, 1, 1, generator=seeded())
     scale = z.square().mean().sqrt().item()
     corrector = Corrector(PerChannel(2), settings_of(scale=scale, corrector_steps=50), {})
-    args = SimpleNamespace(device="cpu", batch=256, sample_batch=500, updates=300, lr=0.05, seed=0, checkpoint_every=50)
+    args = SimpleNamespace(device="cpu", batch=256, sample_batch=500, updates=300, lr=0.05, seed=0)
+    args.checkpoint_every = 50
     state, saved = {}, []
     inc.train_corrector(corrector, z[:300], z[300:], args, state, lambda: saved.append(state["update"]))
     assert saved == [50, 100, 150, 200, 250, 300] == [row["update"] for row in state["rows"][1:]]
-    made = corrector(torch.randn(20_000, 2, 1, 1, generator=seeded(1)))
-    assert made.std((0, 2, 3)).tolist() == pytest.approx([0.6, 1.4], rel=0.06)
+    sampled = corrector(torch.randn(20_000, 2, 1, 1, generator=seeded(1)))
+    assert sampled.std((0, 2, 3)).tolist() == pytest.approx([0.6, 1.4], rel=0.06)
     assert state["best"] < state["rows"][0]["held_out"] - 0.05
-    assert state["rows"][0]["held_out"] == pytest.approx((math.pi / 2) ** 2, rel=0.2)  # E |dy/dt|^2, z / s having variance 1
+    # E |dy/dt|^2, z / s having variance 1
+    assert state["rows"][0]["held_out"] == pytest.approx((math.pi / 2) ** 2, rel=0.2)
 
 
 def test_best_held_out_weights_are_kept():
-    """30 noises and many updates: the held-out loss rises again, the kept weights are the least one's; at worst the control's."""
+    """30 noises and many updates: the held-out loss rises again. The kept weights are those of the least one,
+    at worst the control's."""
     z = torch.randn(40, 2, 1, 1, generator=seeded())
     corrector = Corrector(PerChannel(2), settings_of(), {})
-    args = SimpleNamespace(device="cpu", batch=30, sample_batch=500, updates=60, lr=0.3, seed=0, checkpoint_every=10)
+    args = SimpleNamespace(device="cpu", batch=30, sample_batch=500, updates=60, lr=0.3, seed=0)
+    args.checkpoint_every = 10
     state = {}
     inc.train_corrector(corrector, z[:10], z[10:], args, state, lambda: None)
-    assert state["best"] == min(row["held_out"] for row in state["rows"]) < state["rows"][-1]["held_out"]
+    losses = [row["held_out"] for row in state["rows"]]
+    assert state["best"] == min(losses) < losses[-1]
     for name, value in corrector.network.state_dict().items():
         assert torch.equal(value, state["final"][name])
     assert not {"optimizer", "average"} & set(state)
@@ -440,19 +487,22 @@ def exactly(mean, covariance, count=500, seed=0):
 
 def test_frechet_distance_of_gaussians():
     d = 5
+    one = torch.eye(d, dtype=torch.float64)
     roots = [randn(d, d, seed=s) for s in (1, 2)]
-    s1, s2 = (root @ root.T + 0.1 * torch.eye(d, dtype=torch.float64) for root in roots)
+    s1, s2 = (root @ root.T + 0.1 * one for root in roots)
     m1, m2 = randn(d, seed=3), randn(d, seed=4)
-    cross = torch.linalg.eigvals(s1 @ s2).real.sqrt().sum()  # trace of the root of a product that is not symmetric
+    # trace of the root of a product that is not symmetric
+    cross = torch.linalg.eigvals(s1 @ s2).real.sqrt().sum()
     expected = ((m1 - m2).square().sum() + s1.trace() + s2.trace() - 2 * cross).item()
     a, b = exactly(m1, s1), exactly(m2, s2, 700, 5)
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9) == pytest.approx(frechet_distance(b, a), rel=1e-9)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9) and frechet_distance(a.float(), a.flip(0)) == pytest.approx(
-        0, abs=1e-5
-    )
-    one = torch.eye(d, dtype=torch.float64)
-    assert frechet_distance(exactly(m1, 4 * one), exactly(m1, 9 * one, seed=6)) == pytest.approx(d, rel=1e-9)  # d (3 - 2)^2
-    assert frechet_distance(exactly(m1, one), exactly(m1 + 2, one)) == pytest.approx(4 * d, rel=1e-9)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a.float(), a.flip(0)) == pytest.approx(0, abs=1e-5)
+    wider = exactly(m1, 9 * one, seed=6)
+    assert frechet_distance(exactly(m1, 4 * one), wider) == pytest.approx(d, rel=1e-9)  # d (3 - 2)^2
+    moved = exactly(m1 + 2, one)
+    assert frechet_distance(exactly(m1, one), moved) == pytest.approx(4 * d, rel=1e-9)
     few = randn(4, d)  # fewer than dimensions: singular
     assert frechet_distance(few, few + 1) == pytest.approx(d, rel=1e-6)
 
@@ -463,93 +513,29 @@ def test_noise_statistics():
     expected |= {f"{name}_{lag}": 0 for name in ("correlation", "energy_correlation") for lag in (1, 2)}
     assert standard == pytest.approx(expected, abs=0.02)
     white = randn(4000, 1, 16, 17, seed=1)
-    smooth = (white[..., 1:] + white[..., :-1]) / math.sqrt(2)
-    found = noise_statistics(smooth)  # correlated along rows only: one half, half of that with columns
-    assert [found["correlation_1"], found["correlation_2"], found["energy_correlation_1"]] == pytest.approx(
-        [0.25, 0, 0.125], abs=0.02
-    )
+    # correlated along rows only: one half, half of that with columns
+    smooth = noise_statistics((white[..., 1:] + white[..., :-1]) / math.sqrt(2))
+    correlations = [smooth[name] for name in ("correlation_1", "correlation_2", "energy_correlation_1")]
+    assert correlations == pytest.approx([0.25, 0, 0.125], abs=0.02)
     scale = torch.where(torch.rand(4000, 1, 1, 1, generator=seeded()) < 0.5, 0.5, 1.5).double()
     mixture = noise_statistics(scale * randn(4000, 1, 16, 16) + 0.3)
     # E s^4 / (E s^2)^2 = 2.5625 / 1.5625
-    assert mixture["kurtosis"] == pytest.approx(3 * 2.5625 / 1.5625, rel=0.02) and mixture["mean"] == pytest.approx(
-        0.3, abs=0.02
-    )
-    assert mixture["energy_correlation_1"] == pytest.approx(1 / 6.125, rel=0.05) and abs(mixture["correlation_1"]) < 0.02
+    assert mixture["kurtosis"] == pytest.approx(3 * 2.5625 / 1.5625, rel=0.02)
+    assert mixture["mean"] == pytest.approx(0.3, abs=0.02)
+    norm = (math.sqrt(0.25 + 0.09) + math.sqrt(2.25 + 0.09)) / 2  # the mean of two norms, no root mean square
+    assert mixture["norm"] == pytest.approx(norm, abs=0.02)
+    assert mixture["energy_correlation_1"] == pytest.approx(1 / 6.125, rel=0.05)
+    assert abs(mixture["correlation_1"]) < 0.02
     assert mixture["variance"] == pytest.approx(1.25, rel=0.05) and mixture["norm_spread"] > 0.3
 
 
 def test_count_flops():
     linear, conv = torch.nn.Linear(5, 7), torch.nn.Conv2d(3, 8, 3, padding=1)
-    assert flows.count_flops(lambda: linear(torch.ones(11, 5))) == 2 * 11 * 5 * 7
-    assert flows.count_flops(lambda: conv(torch.ones(2, 3, 6, 6))) == 2 * 2 * 36 * 3 * 9 * 8
+    assert count_flops(lambda: linear(torch.ones(11, 5))) == 2 * 11 * 5 * 7
+    assert count_flops(lambda: conv(torch.ones(2, 3, 6, 6))) == 2 * 2 * 36 * 3 * 9 * 8
     q = torch.ones(1, 2, 10, 4)
-    attention = flows.count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    attention = count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
     assert attention == 2 * 2 * 2 * 10 * 10 * 4
-
-
-# ---------------------------------------------------------------- the world of shapes
-
-
-def test_world():
-    pictures, kinds, labels = flow_data.draw(600, 3)
-    assert (
-        pictures.shape == (600, 1, 8, 8) and pictures.dtype == torch.float32 and labels.shape == (600, len(flow_data.LABELS))
-    )
-    assert set(kinds.tolist()) == {0, 1, 2} and torch.equal(pictures, flow_data.draw(600, 3)[0])
-    x, y, radius, ground, fill = labels[:, :5].T.round(decimals=3)
-    rows, columns = torch.meshgrid(torch.arange(8) + 0.5, torch.arange(8) + 0.5, indexing="ij")
-    distance = ((rows - y[:, None, None]) ** 2 + (columns - x[:, None, None]) ** 2).sqrt()
-    outside, inside = distance > 1.3 * radius[:, None, None] + 1, distance < 0.3 * radius[:, None, None]
-    residual = pictures[:, 0] - torch.where(outside, ground[:, None, None], fill[:, None, None])
-    assert residual[outside].std().item() == pytest.approx(flow_data.GROUND_NOISE, rel=0.02)
-    assert residual[inside].std().item() == pytest.approx(flow_data.TEXTURE_NOISE, rel=0.05)
-    assert residual[outside].mean().abs() < 0.01 and residual[inside].mean().abs() < 0.03
-    varied, _, wrong = flow_data.draw(600, 3, vary=True)
-    assert wrong[:, 5].std() > 0.02 and (wrong[:, 7] == 0).double().mean().item() == pytest.approx(0.5, abs=0.1)
-    assert not torch.equal(varied, pictures) and (labels[:, 5:7].std(0) == 0).all() and (labels[:, 7:] == 0).all()
-
-
-def test_feature_net_round_trip(tmp_path):
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    net, pictures = flow_data.FeatureNet(), torch.randn(5, 1, 8, 8)
-    net.scale.fill_(3)
-    save_file({name: value.half() for name, value in net.state_dict().items()}, tmp_path / "f.safetensors")
-    loaded = flow_data.FeatureNet.load(tmp_path / "f.safetensors")
-    assert loaded(pictures).shape == (5, 64) and torch.allclose(loaded(pictures), net(pictures), atol=1e-2)
-
-
-def test_embedded_features_and_size():
-    net = flow_data.FeatureNet.load()
-    pictures, kinds, labels = flow_data.draw(1000, 12345)
-    logits, answers = net.answers(pictures)
-    assert (logits.argmax(1) == kinds).float().mean() > 0.9
-    told = [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(answers.T[:5], labels.T[:5])]
-    assert min(told[:4]) > 0.9 and told[4] > 0.65  # the texture hides the shape's grey
-    reference, floor = net(flow_data.draw(5000, 1)[0]), net(flow_data.draw(1000, 2)[0])
-    noisier = net(flow_data.draw(1000, 2)[0] + 0.05 * torch.randn(1000, 1, 8, 8, generator=seeded()))
-    assert frechet_distance(reference, noisier) > 1.5 * frechet_distance(reference, floor)
-    assert sum(f.stat().st_size for f in flow_data.FLOW.rglob("*") if f.is_file()) <= 4e6
-
-
-def test_training_script(tmp_path):
-    """A few updates: what it writes is what the scripts load, and another seed gives another flow."""
-    from shapes import train_flow
-
-    short = {"device": "cpu", "pictures": 100, "updates": 2, "batch": 4, "feature_updates": 2, "network": "token:8,8"}
-    train_flow.main(train_flow.Args(out=tmp_path / "flow", **short))
-    train_flow.main(train_flow.Args(out=tmp_path / "other", seed=1, features=False, **short))
-    assert flows.check_flow(str(tmp_path / "flow")) == (1, 8, 8)
-    first, other = (Flow.load(tmp_path / name, "cpu") for name in ("flow", "other"))
-    assert flows.model_hash(first.network) != flows.model_hash(other.network)
-    assert (
-        next(first.network.parameters()).dtype == torch.float32 and not (tmp_path / "other" / "features.safetensors").exists()
-    )
-    features = flow_data.FeatureNet.load(tmp_path / "flow" / "features.safetensors")(flow_data.draw(2000, 1)[0])
-    assert torch.allclose(features.std(0), torch.ones(64), atol=0.6)
-    with pytest.raises(SystemExit, match="scheduler exists"):
-        train_flow.main(train_flow.Args(out=tmp_path / "flow", **short))
 
 
 # ---------------------------------------------------------------- stock models
@@ -558,7 +544,7 @@ def test_training_script(tmp_path):
 def save_flow(folder, network, **scheduler):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    Flow(network, FlowMatchEulerDiscreteScheduler(**scheduler), "cpu").save(folder)
+    train_flow.save_flow(Flow(network, FlowMatchEulerDiscreteScheduler(**scheduler), "cpu"), folder)
     return str(folder)
 
 
@@ -571,42 +557,38 @@ def tiny_transformer():
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
-    sizes = {
-        "sample_size": 8,
-        "patch_size": 4,
-        "in_channels": 1,
-        "num_layers": 1,
-        "num_embeds_ada_norm": 5,
-        "norm_num_groups": 1,
-    }
-    return DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, attention_bias=True, **sizes)
+    sizes = {"sample_size": 8, "patch_size": 4, "in_channels": 1, "num_layers": 1, "norm_num_groups": 1}
+    sizes |= {"num_embeds_ada_norm": 5, "num_attention_heads": 2, "attention_head_dim": 8}
+    return DiTTransformer2DModel(attention_bias=True, **sizes)
 
 
 @pytest.fixture(scope="module")
 def tiny_flow(tmp_path_factory):
-    """Folder of a UNet2DModel flow with random weights, small enough to be inverted in 3 steps, 8 x 8 grey."""
+    """Folder of a UNet2DModel flow with random weights, 8 x 8 grey, that can be inverted in 3 steps."""
     return save_flow(tmp_path_factory.mktemp("flows") / "tiny", damped(new_unet()))
 
 
 @pytest.mark.parametrize(
-    "kind, power, shift", [("unet", 1.0, 1.0), ("unet", 0.7, 1.0), ("unet", 1.0, 3.0), ("transformer", 1.0, 1.0)]
+    "kind, power, shift",
+    [("unet", 1.0, 1.0), ("unet", 0.7, 1.0), ("unet", 1.0, 3.0), ("transformer", 1.0, 1.0)],
 )
 def test_euler_sample_equals_the_stock_scheduler(tmp_path, kind, power, shift):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    folder = save_flow(tmp_path / "flow", new_unet() if kind == "unet" else tiny_transformer(), shift=shift)
+    network = new_unet() if kind == "unet" else tiny_transformer()
+    folder = save_flow(tmp_path / "flow", network, shift=shift)
     flow = Flow.load(folder, "cpu")
-    assert flows.check_flow(folder) == flow.shape == (1, 8, 8)
+    assert check_flow(folder) == flow.shape == (1, 8, 8)
     noise = torch.randn(3, 1, 8, 8, generator=seeded())
-    found = euler_sample(flow.velocity, noise, flow.grid(5, power))
+    sampled = euler_sample(flow.velocity, noise, flow.grid(5, power))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=[(k / 5) ** power for k in (5, 4, 3, 2, 1)])
     x = noise
     for t in scheduler.timesteps:
-        more = {} if kind == "unet" else {"class_labels": torch.tensor([5] * 3)}
+        labels = {} if kind == "unet" else {"class_labels": torch.tensor([5] * 3)}
         with torch.no_grad():
-            x = scheduler.step(flow.network(x, t.expand(3), **more).sample, t, x).prev_sample
-    assert torch.allclose(found, x, atol=1e-6) and (found - noise).abs().max() > 0.1
+            x = scheduler.step(flow.network(x, t.expand(3), **labels).sample, t, x).prev_sample
+    assert torch.allclose(sampled, x, atol=1e-6) and (sampled - noise).abs().max() > 0.1
     expected = torch.tensor([1, 0.8, 0.6, 0.4, 0.2, 0]) ** power
     assert torch.allclose(flow.grid(5, power), shift * expected / (1 + (shift - 1) * expected))
 
@@ -619,67 +601,130 @@ def test_grid_is_even_unlike_the_schedulers_own(tiny_flow):
 
 
 def test_flow_loss():
-    """Its minimiser is E[eps - x | x_sigma]: for Gaussian pictures the known velocity beats changed ones."""
-    x, eps, sigma = (
-        0.3 * randn(50_000, 1),
-        randn(50_000, 1, seed=1),
-        torch.rand(50_000, generator=seeded(2), dtype=torch.float64),
-    )
+    """Its minimiser is E[eps - x | x_sigma]: for Gaussian images the known velocity beats changed ones."""
+    x, eps = 0.3 * randn(50_000, 1), randn(50_000, 1, seed=1)
+    sigma = torch.rand(50_000, generator=seeded(2), dtype=torch.float64)
     exact = gaussian_velocity(0.3)
-    best = flows.flow_loss(exact, x, eps, sigma)
+    best = flow_loss(exact, x, eps, sigma)
     for other in (
         lambda x, s: 1.05 * exact(x, s),
         lambda x, s: exact(x, 1 - s),
         lambda x, s: -exact(x, s),
         lambda x, s: exact(x, s) + 0.1,
     ):
-        assert flows.flow_loss(other, x, eps, sigma) > best + 1e-3
+        assert flow_loss(other, x, eps, sigma) > best + 1e-3
+
+
+def test_flow_objective():
+    """The loss of a batch of images drawn at random, sigma uniform."""
+    images = randn(50, 1, 2, 2).float()
+    flow = SimpleNamespace(velocity=lambda x, sigma: column(sigma, x) * x, device="cpu")
+    value, generator = inc.flow_objective(flow, images, 20)(seeded(3)), seeded(3)
+    x = images[torch.randint(50, (20,), generator=generator)]
+    eps = torch.randn(x.shape, generator=generator)
+    sigma = column(torch.rand(20, generator=generator), x)
+    expected = (sigma * ((1 - sigma) * x + sigma * eps) - (eps - x)).square().mean()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_fit():
+    """Adam with clipped gradients, a warm-up and a cosine; at a yield the network holds averaged weights."""
+
+    def loss(network, generator):
+        x = torch.randn(8, 3, generator=generator)
+        factor = 10 ** (4 * torch.rand((), generator=generator) - 2)  # some gradients are clipped, some not
+        return factor * (network(x) - x.sum(1, keepdim=True)).square().mean()
+
+    torch.manual_seed(0)
+    network = torch.nn.Linear(3, 1)
+    expected = copy.deepcopy(network)
+    optimizer, norms = torch.optim.Adam(expected.parameters()), []
+    average, averages, weights = [p.detach().clone() for p in expected.parameters()], [], []
+    for i in range(7):
+        optimizer.param_groups[0]["lr"] = 0.5 * (i + 1) / 100 * 0.5 * (1 + math.cos(math.pi * i / 7))
+        optimizer.zero_grad()
+        loss(expected, seeded(derived_seed(0, "name", i))).backward()
+        norms.append(torch.cat([p.grad.flatten() for p in expected.parameters()]).norm().item())
+        for p in expected.parameters():
+            p.grad *= min(1, 1 / norms[-1])
+        optimizer.step()
+        share = (i + 1) / (i + 10)
+        average = [share * a + (1 - share) * p.detach() for a, p in zip(average, expected.parameters())]
+        averages.append(average)
+        weights.append([p.detach().clone() for p in expected.parameters()])
+    assert min(norms) < 1 and max(norms) > 2
+
+    def assert_close(parameters, others):
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(parameters, others, strict=True))
+
+    state, yields = {}, []
+    training = inc.fit(network, lambda generator: loss(network, generator), 7, 0.5, (0, "name"), state, 3)
+    for update in training:
+        yields.append(update)
+        assert_close(network.parameters(), averages[update - 1])
+        stored = averages if update == 7 else weights  # what is trained on; at the end the average
+        assert_close(state["weights"].values(), stored[update - 1])
+    assert yields == [3, 6, 7] and len(state["losses"]) == 7
+    assert_close(network.parameters(), averages[-1])
+    assert not any(p.requires_grad for p in network.parameters())
 
 
 def test_model_hash(tiny_flow):
     first, again, other = damped(new_unet()), Flow.load(tiny_flow, "cpu").network, damped(new_unet())
-    assert flows.model_hash(first) == flows.model_hash(again)
+    assert model_hash(first) == model_hash(again)
     other.conv_out.bias.data[0] += 1e-6
-    assert flows.model_hash(first) != flows.model_hash(other)
+    assert model_hash(first) != model_hash(other)
 
 
-# ---------------------------------------------------------------- pictures of a folder
+# ---------------------------------------------------------------- images of a folder
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Folder of 90 small pictures, some colour, some not square."""
-    folder, rng = tmp_path_factory.mktemp("data") / "pictures", np.random.default_rng(0)
-    (folder / "more").mkdir(parents=True)
+    """Folder of 90 small images, some colour, some not square."""
+    folder, rng = tmp_path_factory.mktemp("data") / "images", np.random.default_rng(0)
+    (folder / "subfolder").mkdir(parents=True)
     for i in range(90):
-        grey = np.clip(rng.normal(128, 25, (12, 12 + i % 3, 3)) + rng.uniform(-40, 40), 0, 255).astype(np.uint8)
-        Image.fromarray(grey).save(folder / ("more" if i % 2 else ".") / f"{i:03d}.png")
-    (folder / "notes.txt").write_text("no picture")
+        pixels = rng.normal(128, 25, (12, 12 + i % 3, 3)) + rng.uniform(-40, 40)
+        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+        image.save(folder / ("subfolder" if i % 2 else ".") / f"{i:03d}.png")
+    (folder / "notes.txt").write_text("no image")
     return str(folder)
 
 
-def test_load_pictures(data):
-    args = SimpleNamespace(data=data, data_noise=0.0, reference_share=0.4, pictures=30, eval_pictures=25, seed=0)
-    files = sorted(f for f in (ROOT / data).rglob("*.png"))
-    for shape in ((1, 8, 8), (3, 8, 8)):
-        found = flow_data.load_pictures(args, shape, files)
-        assert {name: tuple(x.shape) for name, x in found.items()} == {
-            "reference": (36, *shape),
-            "train": (54, *shape),
-            "invert": (30, *shape),
-            "floor": (25, *shape),
-        }
-        everything = torch.cat([found["reference"], found["train"]])
-        assert len(everything.unique(dim=0)) == 90 and -1 <= everything.min() < -0.3 < 0.3 < everything.max() <= 1
-        assert torch.equal(found["train"][:30], found["invert"])
-        image = Image.open(files[0])
-        assert image.size == (12, 12)
-        expected = np.asarray(image.convert("L" if shape[0] == 1 else "RGB").resize((8, 8), Image.Resampling.LANCZOS), float)
-        expected = torch.from_numpy(expected.reshape(8, 8, -1)).permute(2, 0, 1).float() / 127.5 - 1
-        assert (everything - expected).abs().amax((1, 2, 3)).min() < 1e-6
-        noisy = flow_data.load_pictures(SimpleNamespace(**{**vars(args), "data_noise": 0.2}), shape, files)
-        for name, x in found.items():
-            assert (noisy[name] - x).std().item() == pytest.approx(0.2, rel=0.1)
+def images_of(data, shape=(1, 8, 8), **changed):
+    """load_images for these settings."""
+    settings = {
+        "data_noise": 0.0,
+        "reference_share": 0.5,
+        "images": 40,
+        "eval_images": 20,
+        "seed": 0,
+    } | changed
+    files = inc.find_enough_images(data, settings["reference_share"])
+    return inc.load_images(SimpleNamespace(**settings), shape, files)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
+def test_load_images(data, shape):
+    sizes = {"reference_share": 0.4, "images": 30, "eval_images": 25}
+    images = images_of(data, shape, **sizes)
+    counts = {"reference": 36, "train": 54, "invert": 30, "floor": 25}
+    assert {name: tuple(x.shape) for name, x in images.items()} == {
+        name: (count, *shape) for name, count in counts.items()
+    }
+    everything = torch.cat([images["reference"], images["train"]])
+    assert len(everything.unique(dim=0)) == 90 and -1 <= everything.min() < -0.3 < 0.3 < everything.max() <= 1
+    assert torch.equal(images["train"][:30], images["invert"])
+    image = Image.open(f"{data}/000.png")
+    assert image.size == (12, 12)
+    image = image.convert("L" if shape[0] == 1 else "RGB").resize((8, 8), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image, float).reshape(8, 8, -1)
+    expected = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    assert (everything - expected).abs().amax((1, 2, 3)).min() < 1e-6
+    noisy = images_of(data, shape, **sizes, data_noise=0.2)
+    for name, x in images.items():
+        assert (noisy[name] - x).std().item() == pytest.approx(0.2, rel=0.1)
 
 
 # ---------------------------------------------------------------- one run, in a process of its own
@@ -688,11 +733,9 @@ def test_load_pictures(data):
 @pytest.fixture(scope="module")
 def arguments(tiny_flow, data):
     """The shortest run that does everything; later arguments replace earlier ones."""
-    sizes = "--steps 3 --pictures 40 --sample_batch 16 --eval_pictures 20 --updates 5 --batch 8 --checkpoint_every 2"
-    more = (
-        "--corrector_network unet:4 --corrector_steps 2 --eval_corrector_steps 3 --eval_powers 0.7 --features pixels --lr 0.01"
-    )
-    return f"--model {tiny_flow} --data {data} --device cpu {sizes} {more}".split()
+    sizes = "--steps 3 --images 40 --sample_batch 16 --eval_images 20 --batch 8 --eval_corrector_steps 3"
+    training = "--corrector_network unet:4 --corrector_steps 2 --updates 5 --checkpoint_every 2 --lr 0.01"
+    return f"--model {tiny_flow} --data {data} --device cpu --features pixels {sizes} {training}".split()
 
 
 @pytest.fixture(scope="module")
@@ -707,80 +750,85 @@ def finished(arguments, tmp_path_factory):
 
 def test_run_folder_and_metrics(finished):
     folder, out = finished
-    files = "args.json checkpoint.pt curve.png grid.png metrics.csv noise.png results.json"
-    assert {p.name for p in folder.iterdir()} == {*files.split(), "tensorboard", "corrector", "inversion", ".lock"}
+    files = "args.json checkpoint.pt curve.png grid.png metrics.csv noise.png results.json .lock"
+    assert {p.name for p in folder.iterdir()} == {*files.split(), "tensorboard", "corrector", "inversion"}
     rows = read_metrics(folder)
     assert [row["update"] for row in rows] == ["0", "2", "4", "5"]
-    assert rows[0]["held_out"] == rows[0]["identity"] == rows[3]["identity"] and rows[1]["held_out"] != rows[2]["held_out"]
+    assert rows[0]["held_out"] == rows[0]["identity"] == rows[3]["identity"]
+    assert rows[1]["held_out"] != rows[2]["held_out"]
     for tag, points in read_scalars(folder).items():
-        assert points == [(int(row["update"]), pytest.approx(float(row[tag]), rel=1e-5)) for row in rows[1:]]
+        expected = [(int(row["update"]), pytest.approx(float(row[tag]), rel=1e-5)) for row in rows[1:]]
+        assert points == expected
     for name in ("curve.png", "grid.png", "noise.png"):
         assert np.asarray(Image.open(folder / name)).std() > 0
     for word in ("model", "sampler", "inversion", "corrector", "evaluation", "inverted", "control"):
         assert f"\n  {word} " in out, word
 
 
+def evaluation_noise():
+    """(20, 1, 8, 8), the noise that the arms of a run start from."""
+    draws = [torch.randn(1, 8, 8, generator=seeded(derived_seed("eval", i))) for i in range(20)]
+    return torch.stack(draws)
+
+
 def test_results(finished, tiny_flow, data):
     """Every row of the table made again: what it starts from, how many steps, its FLOPs, its distance."""
     folder, out = finished
     results = json.loads((folder / "results.json").read_text())
-    args = SimpleNamespace(data=data, data_noise=0.0, reference_share=0.5, pictures=40, eval_pictures=20, seed=0)
-    pictures = flow_data.load_pictures(args, (1, 8, 8), sorted((ROOT / data).rglob("*.png")))
-    flow = Flow.load(tiny_flow, "cpu")
+    images, flow = images_of(data), Flow.load(tiny_flow, "cpu")
     sigmas = flow.grid(3, 1.0)
-    found = euler_invert(flow.velocity, pictures["invert"], sigmas, 60, 1e-3)
-    assert found.converged.all() and results["inversion"]["left_out"] == 0 and results["inversion"]["pictures"] == 40
-    assert results["inversion"]["calls"] == found.calls
-    error = (euler_sample(flow.velocity, found.noise, sigmas) - pictures["invert"]).square().flatten(1).mean(1).sqrt()
-    assert results["inversion"]["round_trip_error"] == pytest.approx(error.mean().item(), rel=1e-2)
-    assert 0 < results["inversion"]["largest_round_trip_error"] < 1e-2
-    learnt_from = found.noise[10:]  # the first ten choose the weights
-    assert results["scale"] == pytest.approx(learnt_from.square().mean().sqrt().item(), rel=1e-5)
-    assert results["noise"]["inverted"] == pytest.approx(noise_statistics(found.noise), rel=1e-4)
+    inversion, report = euler_invert(flow.velocity, images["invert"], sigmas, 60, 1e-3), results["inversion"]
+    assert inversion.converged.all() and report["left_out"] == 0 and report["images"] == 40
+    assert report["calls"] == inversion.calls
+    error = euler_sample(flow.velocity, inversion.noise, sigmas) - images["invert"]
+    error = error.square().flatten(1).mean(1).sqrt()
+    assert report["round_trip_error"] == pytest.approx(error.mean().item(), rel=1e-2)
+    assert 0 < report["largest_round_trip_error"] < 1e-2
+    noises = inversion.noise[10:]  # the first ten choose the weights
+    assert results["scale"] == pytest.approx(noises.square().mean().sqrt().item(), rel=1e-5)
+    assert results["noise"]["inverted"] == pytest.approx(noise_statistics(inversion.noise), rel=1e-4)
 
     corrector = Corrector.load(folder / "corrector", flow.network, set_grid(flow, 3))
-    law = inc.gaussian_of(learnt_from)
-    mean, root = law["mean"], law["root"]
-    eps = torch.stack([torch.randn(1, 8, 8, generator=seeded(derived_seed("eval", i))) for i in range(20)])
+    control = Corrector(None, {}, inc.gaussian_of(noises))
+    mean, root = control.gaussian["mean"], control.gaussian["root"]
+    eps = evaluation_noise()
     gaussian = (mean + eps.flatten(1) @ root).view_as(eps)
-    call = flows.count_flops(lambda: flow.velocity(eps[:1], sigmas[:1]))
-    correction = flows.count_flops(lambda: corrector.velocity(eps[:1], torch.zeros(1)))
+    matched_norms = inc.match_norms(eps, control.standardise(noises).flatten(1).norm(dim=1))
+    matched_norms = (mean + matched_norms.flatten(1) @ root).view_as(eps)
+    call = count_flops(lambda: flow.velocity(eps[:1], sigmas[:1]))
+    correction = count_flops(lambda: corrector.velocity(eps[:1], torch.zeros(1)))
     matched = math.ceil((3 * call + 2 * correction) / call)
     assert results["matched_steps"] == matched
-    expected = [("base", eps, k, 1.0, k * call) for k in sorted({3, matched, 6, 12})]
-    expected += [("base, grid power 0.7", eps, matched, 0.7, matched * call)]
-    expected += [("base trained on", None, k, 1.0, k * call) for k in sorted({3, matched})]
-    expected += [("scale only", results["scale"] * eps, 3, 1.0, 3 * call)]
-    expected += [("gaussian", gaussian, 3, 1.0, 3 * call + 2 * 64 * 64)]
-    matched_norms = inc.match_norms(
-        eps,
-        Corrector(None, {}, inc.gaussian_of(learnt_from)).standardise(learnt_from).flatten(1).norm(dim=1),
-    )
-    expected += [
-        ("gaussian, norms matched", (mean + matched_norms.flatten(1) @ root).view_as(eps), 3, 1.0, 3 * call + 2 * 64 * 64)
-    ]
-    expected += [("corrector", corrector(eps), 3, 1.0, 3 * call + 2 * correction)]
-    expected += [("corrector, M = 3", corrector(eps, 3), 3, 1.0, 3 * call + 3 * correction)]
+    expected = [("base", eps, k, k * call) for k in sorted({3, matched, 6, 12})]
+    expected += [("base trained on", None, k, k * call) for k in sorted({3, matched})]
+    expected += [("scale only", results["scale"] * eps, 3, 3 * call)]
+    expected += [("gaussian", gaussian, 3, 3 * call + 2 * 64 * 64)]
+    expected += [("gaussian, norms matched", matched_norms, 3, 3 * call + 2 * 64 * 64)]
+    expected += [("corrector", corrector(eps), 3, 3 * call + 2 * correction)]
+    expected += [("corrector, M = 3", corrector(eps, 3), 3, 3 * call + 3 * correction)]
     measure = frechet_features("pixels", "cpu", 7)
-    reference = measure(pictures["reference"])
-    assert [(row["arm"], row["steps"]) for row in results["table"]] == [(name, k) for name, _, k, _, _ in expected]
-    for row, (name, z, k, power, flops) in zip(results["table"], expected):
+    reference = measure(images["reference"])
+    table = results["table"]
+    assert [(row["arm"], row["steps"]) for row in table] == [(name, k) for name, _, k, _ in expected]
+    for row, (name, z, k, flops) in zip(table, expected):
         assert row["flops"] == flops, name
         if z is not None:
-            made = euler_sample(flow.velocity, z, flow.grid(k, power))
-            assert row["fd"] == pytest.approx(frechet_distance(reference, measure(made)), rel=1e-4), name
+            sampled = measure(euler_sample(flow.velocity, z, flow.grid(k, 1.0)))
+            assert row["fd"] == pytest.approx(frechet_distance(reference, sampled), rel=1e-4), name
         assert f"{row['fd']:>18.4f}" in out
-    assert results["floor"] == pytest.approx(frechet_distance(reference, measure(pictures["floor"])), rel=1e-6)
-    values = {(row["arm"], row["steps"]): row["fd"] for row in results["table"]}
+    floor = frechet_distance(reference, measure(images["floor"]))
+    assert results["floor"] == pytest.approx(floor, rel=1e-6)
+    values = {(row["arm"], row["steps"]): row["fd"] for row in table}
     assert values["base", 3] != values["base trained on", 3] and len(set(values.values())) == len(values)
     assert results["corrector"]["flops"] == 2 * correction
-    assert results["training_flops"]["inversion"] == found.calls * call
+    training = results["training_flops"]
+    assert training["inversion"] == inversion.calls * call
     corrector.network.requires_grad_(True)
-    one = flows.count_flops(lambda: corrector.velocity(torch.zeros(8, 1, 8, 8), torch.zeros(8)).sum().backward())
-    assert results["training_flops"]["corrector"] == 5 * one
+    update = count_flops(lambda: corrector.velocity(torch.zeros(8, 1, 8, 8), torch.zeros(8)).sum().backward())
+    assert training["corrector"] == 5 * update
     flow.network.requires_grad_(True)
-    one = flows.count_flops(lambda: flow.network(torch.zeros(8, 1, 8, 8), 0.0).sample.sum().backward())
-    assert f"trained on for {round(sum(results['training_flops'].values()) / one)} updates" in out
+    update = count_flops(lambda: flow.network(torch.zeros(8, 1, 8, 8), 0.0).sample.sum().backward())
+    assert f"trained on for {round(sum(training.values()) / update)} updates" in out
 
 
 def set_grid(flow, steps):
@@ -788,16 +836,16 @@ def set_grid(flow, steps):
     return flow.scheduler
 
 
-def test_snippet_makes_the_evaluated_picture(finished, tiny_flow, tmp_path):
+def test_snippet_makes_the_evaluated_image(finished, tmp_path):
     folder, out = finished
     snippet = out[out.index("import sys, torch; from diffusers") :]
-    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=environment(), check=True, timeout=300)
-    picture = Image.open(tmp_path / "corrected.png")
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    made, base = (next(r["pictures"][0] for r in state["rows"] if r["arm"] == arm) for arm in ("corrector", "base"))
-    expected, other = (((x[0].clamp(-1, 1) + 1) * 127.5).round().byte().numpy() for x in (made, base))
-    assert_same_pictures([picture], [Image.fromarray(expected)])
-    assert np.abs(expected.astype(float) - other).mean() > 0.5
+    command = [sys.executable, "-c", snippet]
+    subprocess.run(command, cwd=tmp_path, env=environment(), check=True, timeout=300)
+    rows = torch.load(folder / "checkpoint.pt", weights_only=True)["rows"]
+    images = [next(row["images"][0] for row in rows if row["arm"] == arm) for arm in ("corrector", "base")]
+    expected, base = (((x[0].clamp(-1, 1) + 1) * 127.5).round().byte().numpy() for x in images)
+    assert_same_images([Image.open(tmp_path / "corrected.png")], [Image.fromarray(expected)])
+    assert np.abs(expected.astype(float) - base).mean() > 0.5
 
 
 def test_corrector_refuses_another_model_or_grid(finished, tiny_flow):
@@ -821,7 +869,8 @@ def test_corrector_refuses_another_model_or_grid(finished, tiny_flow):
 @pytest.fixture(scope="module")
 def uninterrupted(arguments, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("uninterrupted")
-    assert exit_code([*arguments, "--output", "run"], cwd, script=SCRIPT) == 0, (cwd / "output.txt").read_text()
+    code = exit_code([*arguments, "--output", "run"], cwd, script=SCRIPT)
+    assert code == 0, (cwd / "output.txt").read_text()
     return cwd / "run"
 
 
@@ -832,11 +881,12 @@ def test_same_arguments_same_run(finished, uninterrupted):
 KILLERS = [  # one after the other, each in the run that goes on from the one before
     ("os", "fsync", 3),  # in the middle of writing the second batch's noises
     ("torch.nn.utils", "clip_grad_norm_", 4),  # between two updates of the corrector, two are saved
-    ("rewards", "write_csv", 2),
-    ("rewards", "save_checkpoint", 1),
-    ("torch.nn.utils", "clip_grad_norm_", 4),  # one update of the corrector, then the base trained on: two are saved
+    ("utils.runs", "write_csv", 2),
+    ("utils.runs", "save_checkpoint", 1),
+    # one update of the corrector, then the base trained on: two are saved
+    ("torch.nn.utils", "clip_grad_norm_", 4),
     ("torch.linalg", "eigvalsh", 3),  # in the evaluation, one row is saved
-    ("rewards", "save_figure", 2),  # the end
+    ("utils.figures", "save_figure", 2),  # the end
 ]
 
 
@@ -849,77 +899,116 @@ def test_killed_and_resumed(arguments, uninterrupted, tmp_path):
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-def test_train_base_killed_and_resumed(arguments, tmp_path):
-    """A base trained in the run, RGB: interrupted or not the same, loadable, and the corrector belongs to it."""
-    flags = "--train_base --size 8 --channels 3 --base_network unet:4,4 --base_updates 5 --no-longer --steps 20 --data_noise 0.5 --eval_steps 20 --eval_powers= --max_failed 0.5"
-    argv = [*arguments, *flags.split(), "--output", "run"]
-    cwds = [tmp_path / name for name in ("whole", "killed")]
-    for cwd in cwds:
-        cwd.mkdir()
-    assert exit_code(argv, cwds[0], script=SCRIPT) == 0, (cwds[0] / "output.txt").read_text()
-    assert exit_code(argv, cwds[1], ("torch.nn.utils", "clip_grad_norm_", 4), SCRIPT) == -signal.SIGKILL
-    assert exit_code(["--resume", "run"], cwds[1], script=SCRIPT) == 0, (cwds[1] / "output.txt").read_text()
-    assert_same_run(cwds[1] / "run", cwds[0] / "run")
-    flow = Flow.load(cwds[0] / "run" / "flow", "cpu")
-    assert flow.shape == (3, 8, 8) and flows.check_flow(cwds[0] / "run" / "flow") == (3, 8, 8)
-    corrector = Corrector.load(cwds[0] / "run" / "corrector", flow.network, set_grid(flow, 20))
+# ---------------------------------------------------------------- a flow of your own images
+
+
+def test_flow_trained_on_a_folder(arguments, data, tmp_path, monkeypatch):
+    """shapes/train_flow.py trains on the images that are no reference, RGB; its flow can be corrected."""
+    monkeypatch.chdir(tmp_path)
+    trained_on = []
+
+    def flow_objective(flow, images, batch):
+        trained_on.append(images)
+        return inc.flow_objective(flow, images, batch)
+
+    monkeypatch.setattr(train_flow, "flow_objective", flow_objective)
+    settings = {"data": data, "size": 8, "channels": 3, "data_noise": 0.5, "network": "unet:4,4"}
+    args = train_flow.Args(out=tmp_path / "flow", updates=5, batch=8, device="cpu", **settings)
+    train_flow.main(args)
+    assert torch.equal(trained_on[0], images_of(data, (3, 8, 8), data_noise=0.5)["train"])
+    assert {p.name for p in (tmp_path / "flow").iterdir()} == {"unet", "scheduler"}
+    flow = Flow.load("flow", "cpu")
+    assert flow.shape == check_flow("flow") == (3, 8, 8)
+    with pytest.raises(InputError, match="flow/unet exists: remove it or choose another --out"):
+        train_flow.main(args)
+
+    flags = "--model flow --steps 20 --data_noise 0.5 --eval_steps 20 --max_failed 0.5 --no-longer"
+    argv = [*arguments, *flags.split(), "--eval_corrector_steps", "--output", "run"]
+    code, _, error = run_inside(argv, SCRIPT)
+    assert code == 0, error
+    corrector = Corrector.load("run/corrector", flow.network, set_grid(flow, 20))
     assert corrector(torch.zeros(2, 3, 8, 8)).shape == (2, 3, 8, 8)
+    arms = [row["arm"] for row in json.loads((tmp_path / "run" / "results.json").read_text())["table"]]
+    assert arms == ["base", "scale only", "gaussian", "gaussian, norms matched", "corrector"]
 
 
 # ---------------------------------------------------------------- flags
 
 
-@pytest.mark.parametrize(
-    "flags", ["--normalise gaussian --corrector_network token:8,8", "--grid_power 1.5 --data_noise 0.1 --no-longer --seed 3"]
-)
-def test_other_ways_to_run(arguments, finished, tmp_path, monkeypatch, flags):
+@pytest.fixture
+def run_with(arguments, tmp_path, monkeypatch):
+    """(folder, results.json) of a run with further flags."""
     monkeypatch.chdir(tmp_path)
-    code, _, error = run_inside([*arguments, *flags.split(), "--output", "run"], SCRIPT)
-    assert code == 0, error
-    before, after = (json.loads((folder / "results.json").read_text()) for folder in (finished[0], tmp_path / "run"))
-    rows = [{(row["arm"], row["steps"]): row["fd"] for row in r["table"]} for r in (before, after)]
-    if "gaussian" in flags:
-        assert (tmp_path / "run" / "corrector" / "law.safetensors").is_file()
-        same = {key for key in rows[0] if rows[1].get(key) == pytest.approx(rows[0][key], rel=1e-6)}
-        assert {("scale only", 3), ("gaussian", 3), ("base", 3)} <= same and ("corrector", 3) not in same
-        flow = Flow.load(json.loads((tmp_path / "run" / "args.json").read_text())["model"], "cpu")
-        assert Corrector.load(tmp_path / "run" / "corrector", flow.network, set_grid(flow, 3)).law
-    else:
-        assert rows[0]["base", 3] != rows[1]["base", 3] and ("base trained on", 3) not in rows[1]
-        assert before["floor"] != after["floor"] and before["scale"] != after["scale"]
+
+    def run(flags):
+        code, _, error = run_inside([*arguments, *flags.split(), "--output", "run"], SCRIPT)
+        assert code == 0, error
+        return tmp_path / "run", json.loads((tmp_path / "run" / "results.json").read_text())
+
+    return run
+
+
+def distances(results):
+    return {(row["arm"], row["steps"]): row["fd"] for row in results["table"]}
+
+
+def test_gaussian_start(finished, tiny_flow, run_with):
+    folder, results = run_with("--normalise gaussian --corrector_network token:8,8")
+    before, after = distances(json.loads((finished[0] / "results.json").read_text())), distances(results)
+    same = {key for key in before if after.get(key) == pytest.approx(before[key], rel=1e-6)}
+    assert {("scale only", 3), ("gaussian", 3), ("base", 3)} <= same and ("corrector", 3) not in same
+    assert (folder / "corrector" / "gaussian.safetensors").is_file()
+    flow = Flow.load(tiny_flow, "cpu")
+    assert Corrector.load(folder / "corrector", flow.network, set_grid(flow, 3)).gaussian
+
+
+def test_other_grid_and_noise(finished, tiny_flow, data, run_with):
+    """--grid_power is the grid of the N steps only: the base's other numbers of steps are even."""
+    _, results = run_with("--grid_power 1.5 --data_noise 0.1 --no-longer --seed 3")
+    first = json.loads((finished[0] / "results.json").read_text())
+    before, after = distances(first), distances(results)
+    assert before["base", 3] != after["base", 3] and ("base trained on", 3) not in after
+    assert first["floor"] != results["floor"] and first["scale"] != results["scale"]
+    flow, measure = Flow.load(tiny_flow, "cpu"), frechet_features("pixels", "cpu", 20)
+    reference = measure(images_of(data, data_noise=0.1)["reference"])
+    for steps, power in ((3, 1.5), (6, 1.0)):
+        sampled = measure(euler_sample(flow.velocity, evaluation_noise(), flow.grid(steps, power)))
+        assert after["base", steps] == pytest.approx(frechet_distance(reference, sampled), rel=1e-4)
 
 
 def test_a_batch_of_which_none_is_inverted_stops_the_run(tmp_path, monkeypatch):
-    """Of the embedded transformer, which cannot be called with no picture."""
+    """Of the embedded transformer, which cannot be called with an empty batch."""
     monkeypatch.chdir(tmp_path)
-    flags = "--device cpu --pictures 40 --sample_batch 20 --max_iterations 2 --tolerance 1e-6 --output run"
+    flags = "--device cpu --images 40 --sample_batch 20 --max_iterations 2 --tolerance 1e-6 --output run"
     code, _, error = run_inside(flags.split(), SCRIPT)
-    assert_one_line(code, error.split("\r")[-1].lstrip(), "20 of the first 20 pictures could not be inverted")
+    named = "20 of the first 20 images could not be inverted"
+    assert_one_line(code, error.split("\r")[-1].lstrip(), named)
 
 
 def test_too_many_failures_stop_the_run(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _, error = run_inside([*arguments, *"--max_iterations 1 --tolerance 1e-6 --output run".split()], SCRIPT)
+    flags = "--max_iterations 1 --tolerance 1e-6 --output run"
+    code, _, error = run_inside([*arguments, *flags.split()], SCRIPT)
     assert_one_line(code, error.split("\r")[-1].lstrip(), "--data_noise")
     assert not list((tmp_path / "run").rglob("corrector*"))
 
 
-def test_damaged_picture_is_named(arguments, data, tmp_path, monkeypatch):
+def test_damaged_image_is_named(arguments, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(data, tmp_path / "pictures")
-    (tmp_path / "pictures" / "000.png").write_bytes(b"no picture")
-    code, _, error = run_inside([*arguments, "--data", "pictures"], SCRIPT)
+    shutil.copytree(data, tmp_path / "images")
+    (tmp_path / "images" / "000.png").write_bytes(b"no image")
+    code, _, error = run_inside([*arguments, "--data", "images"], SCRIPT)
     assert_one_line(code, error.split("\r")[-1].lstrip(), "000.png")
 
 
 def test_features_inception_are_asked_for_as_the_package_wants(monkeypatch):
     """uint8 RGB in, the first of a tuple out; the package itself is not needed here."""
-    seen = []
+    asked = []
 
     class Extractor(torch.nn.Module):
         def __init__(self, name, features):
             super().__init__()
-            seen.extend([name, features])
+            asked.extend([name, features])
 
         def forward(self, x):
             assert x.dtype == torch.uint8 and x.shape[1:] == (3, 8, 8)
@@ -931,4 +1020,4 @@ def test_features_inception_are_asked_for_as_the_package_wants(monkeypatch):
     features = frechet_features("inception", "cpu", 4)
     x = torch.linspace(-1.2, 1.2, 10 * 64).view(10, 1, 8, 8)
     assert features(x).shape == (10, 4) and features(x).min() == 0 and features(x).max() <= 255
-    assert seen == ["inception-v3-compat", ["2048"]] * 1
+    assert asked == ["inception-v3-compat", ["2048"]]

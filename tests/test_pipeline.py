@@ -6,11 +6,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, SEEDS, assert_same_pictures, difference, randomise, run_inside, stock, stock_pipeline, with_lora
 
 import graft
-from common import InputError, Model
+from common import Model, draw_noise
+from conftest import (
+    PROMPTS,
+    SEEDS,
+    assert_same_images,
+    difference,
+    randomise,
+    run_inside,
+    stock,
+    stock_pipeline,
+    with_lora,
+)
 from rewards import Reward
+from utils.runs import InputError
 
 
 @pytest.fixture
@@ -23,7 +34,7 @@ def tuned(models):
 
 def ours(model, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=1.0):
     """Latents by graft.sample."""
-    noise = graft.draw_noise(seeds, steps, model.latent_shape, model.dtype)
+    noise = draw_noise(seeds, steps, model.latent_shape, model.dtype)
     return graft.sample(model, noise, model.encode(prompts), guidance, eta)
 
 
@@ -38,17 +49,23 @@ def test_sample_equals_stock_pipeline(models, tiny_epsilon, tiny_v, kind, steps,
     expected = stock(pipeline, steps=steps, guidance=guidance, eta=eta)
     x = ours(models[kind], steps=steps, guidance=guidance, eta=eta)
     assert difference(x, expected) <= 1e-5
-    pictures = stock(pipeline, steps=steps, guidance=guidance, eta=eta, output="pil")
+    images = stock(pipeline, steps=steps, guidance=guidance, eta=eta, output="pil")
     # given the same latents the decoder is exact
-    for one, other in zip(models[kind].decode(expected), pictures, strict=True):
+    for one, other in zip(models[kind].decode(expected), images, strict=True):
         assert np.array_equal(one, other)
-    assert_same_pictures(models[kind].decode(x), pictures)
+    assert_same_images(models[kind].decode(x), images)
 
 
 def test_settings_of_the_stock_comparison_matter(models):
     """Each of seed, prompt, eta, guidance and steps changes the latents: equality above is not vacuous."""
     x = ours(models["epsilon"])
-    changes = ({"seeds": [1, 2, 3]}, {"prompts": PROMPTS[::-1]}, {"eta": 0.0}, {"guidance": 3.0}, {"steps": 6})
+    changes = (
+        {"seeds": [1, 2, 3]},
+        {"prompts": PROMPTS[::-1]},
+        {"eta": 0.0},
+        {"guidance": 3.0},
+        {"steps": 6},
+    )
     for change in changes:
         assert difference(ours(models["epsilon"], **change), x) > 1e-2, change
 
@@ -74,8 +91,8 @@ def test_too_many_steps(models, steps):
         models["epsilon"].timesteps(steps)
 
 
-def test_picture_does_not_depend_on_its_batch(models):
-    def pictures(order, batch):
+def test_an_image_does_not_depend_on_its_batch(models):
+    def sampled(order, batch):
         args = SimpleNamespace(sample_batch=batch, steps=4, guidance=3.0, eta=1.0)
         prompts, seeds = [PROMPTS[i % 3] for i in order], [100 + i for i in order]
         latents, scores, _ = graft.sample_and_score(models["v"], [reward], prompts, seeds, args, "test")
@@ -83,10 +100,10 @@ def test_picture_does_not_depend_on_its_batch(models):
         return latents[at], {name: values[at] for name, values in scores.items()}
 
     reward = Reward("jpeg_compressibility")
-    latents, scores = pictures(list(range(6)), 6)
+    latents, scores = sampled(list(range(6)), 6)
     assert len(scores["jpeg_compressibility"].unique()) > 3
     for order, batch in ((list(range(6)), 1), ([3, 5, 0, 4, 1, 2], 4)):
-        other, other_scores = pictures(order, batch)
+        other, other_scores = sampled(order, batch)
         assert difference(other, latents) <= 1e-5
         for name, values in scores.items():
             assert torch.allclose(values, other_scores[name], rtol=1e-3, atol=2e-3), name
@@ -153,12 +170,14 @@ def test_lora_is_scaled_by_alpha_over_rank(models):
     model = with_lora(models["v"], "attention", rank=8, alpha=4)
     randomise(model)
     lora, layers = model.lora(), dict(model.denoiser.named_modules())
-    for name in (n.removesuffix(".lora_A.default.weight") for n in lora if n.endswith(".lora_A.default.weight")):
+    for name in (
+        n.removesuffix(".lora_A.default.weight") for n in lora if n.endswith(".lora_A.default.weight")
+    ):
         change = lora[f"{name}.lora_B.default.weight"] @ lora[f"{name}.lora_A.default.weight"]
         before = layers[name].get_base_layer().weight.clone()
         with model.lora_merged():
-            found = layers[name].get_base_layer().weight - before
-        assert torch.allclose(found, 4 / 8 * change, atol=1e-6) and change.abs().max() > 0.01
+            merged_change = layers[name].get_base_layer().weight - before
+        assert torch.allclose(merged_change, 4 / 8 * change, atol=1e-6) and change.abs().max() > 0.01
 
 
 def test_lora_seed(models):
@@ -201,8 +220,8 @@ def test_saved_lora_in_the_stock_pipeline(models, tiny_v, tmp_path, targets):
     assert difference(x, base) > 1e-2
     assert difference(ours(model, guidance=3.0), x) <= 1e-5
     with model.lora_merged():
-        pictures = model.decode(ours(model, guidance=3.0))
-    assert_same_pictures(pictures, stock(pipeline, guidance=3.0, output="pil"))
+        images = model.decode(ours(model, guidance=3.0))
+    assert_same_images(images, stock(pipeline, guidance=3.0, output="pil"))
 
 
 # ---------------------------------------------------------------- loss
@@ -213,7 +232,11 @@ def batch(models):
     """x_0, noise, t with the extreme timesteps."""
     generator = torch.Generator().manual_seed(3)
     shape = (3, *models["v"].latent_shape)
-    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator), torch.tensor([0, 300, 999])
+    return (
+        torch.randn(shape, generator=generator),
+        torch.randn(shape, generator=generator),
+        torch.tensor([0, 300, 999]),
+    )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

@@ -5,22 +5,24 @@ import pytest
 import torch
 from PIL import Image
 
-from common import InputError
-from rewards import REWARDS, Reward, average_hash, diversity, image_statistics, read_rewards
+from rewards import REWARDS, Reward, diversity, image_statistics, read_rewards
 from shapes.render import paint
+from utils.runs import InputError
 
 PROMPT = "a red circle left of a blue square"
 RIGHT = paint([("red", "circle", 8.0, 16.0, 5.4), ("blue", "square", 24.0, 16.0, 5.4)], 128)
 MISPLACED = paint([("red", "circle", 24.0, 16.0, 5.4), ("blue", "square", 8.0, 16.0, 5.4)], 128)
 GREY = Image.new("RGB", (32, 32), (128, 128, 128))
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
-PICTURES = [RIGHT, MISPLACED, GREY, NOISE]
+IMAGES = [RIGHT, MISPLACED, GREY, NOISE]
 PROMPTS = [PROMPT] * 4
 
 
-def user_file(folder, body, name="mine.py"):
+def user_file(folder, body, name="own.py"):
     """A reward file whose function `score` has the given body; the spec of that function."""
-    (folder / name).write_text(f"import numpy as np\nimport torch\n\ndef score(images, prompts):\n    {body}\n")
+    (folder / name).write_text(
+        f"import numpy as np\nimport torch\n\ndef score(images, prompts):\n    {body}\n"
+    )
     return f"{folder / name}:score"
 
 
@@ -30,24 +32,26 @@ def user_file(folder, body, name="mine.py"):
 def test_every_reward_is_a_float_tensor():
     assert len(REWARDS) == 5
     for name, reward in REWARDS.items():
-        values = reward(PICTURES, PROMPTS)
+        values = reward(IMAGES, PROMPTS)
         assert values.shape == (4,) and values.dtype == torch.float32 and values.isfinite().all(), name
-        assert torch.equal(values.flip(0), reward(PICTURES[::-1], PROMPTS))  # each picture on its own
+        assert torch.equal(values.flip(0), reward(IMAGES[::-1], PROMPTS))  # each image on its own
 
 
 def test_shapes_rewards():
-    assert REWARDS["shapes_strict"](PICTURES, PROMPTS).tolist() == [1, 0, 0, 0]
-    graded = REWARDS["shapes_graded"](PICTURES, PROMPTS)
+    assert REWARDS["shapes_strict"](IMAGES, PROMPTS).tolist() == [1, 0, 0, 0]
+    graded = REWARDS["shapes_graded"](IMAGES, PROMPTS)
     assert graded[:3].tolist() == pytest.approx([1, 5 / 6, 0]) and 0 <= graded[3] < 5 / 6
-    fit = REWARDS["shapes_fit"](PICTURES, PROMPTS)
+    fit = REWARDS["shapes_fit"](IMAGES, PROMPTS)
     assert fit[0] > 0.95 and fit[1] > 0.95 and fit[2] == 0 and 0 <= fit[3] < 0.9
-    swapped = ["a blue square left of a red circle"] * 4  # every picture is judged by its own prompt
-    assert REWARDS["shapes_strict"](PICTURES, [PROMPT, *swapped[1:]]).tolist() == [1, 1, 0, 0]
-    assert torch.equal(REWARDS["shapes_fit"](PICTURES, swapped), fit)  # but this one by none
+    swapped = ["a blue square left of a red circle"] * 4  # every image is judged by its own prompt
+    assert REWARDS["shapes_strict"](IMAGES, [PROMPT, *swapped[1:]]).tolist() == [1, 1, 0, 0]
+    assert torch.equal(REWARDS["shapes_fit"](IMAGES, swapped), fit)  # but this one by none
 
 
 def test_jpeg_rewards():
-    less, more = (REWARDS[f"jpeg_{name}"](PICTURES, PROMPTS) for name in ("compressibility", "incompressibility"))
+    less, more = (
+        REWARDS[f"jpeg_{name}"](IMAGES, PROMPTS) for name in ("compressibility", "incompressibility")
+    )
     assert torch.equal(less, -more) and (more > 0).all()
     assert less[2] > less[0] > less[3]  # blank, two objects, noise
     assert 0.3 < more[2] < 1 < more[3] < 4  # kB, not bytes
@@ -71,8 +75,8 @@ def test_jpeg_rewards():
 def test_weighted_sum(spec, weights):
     reward = Reward(spec)
     assert reward.spec == spec
-    by_hand = sum(weight * REWARDS[name](PICTURES, PROMPTS) for name, weight in weights.items())
-    values = reward(PICTURES, PROMPTS)
+    by_hand = sum(weight * REWARDS[name](IMAGES, PROMPTS) for name, weight in weights.items())
+    values = reward(IMAGES, PROMPTS)
     assert values.dtype == torch.float32
     torch.testing.assert_close(values, by_hand)
 
@@ -91,7 +95,9 @@ def test_user_function(tmp_path, body):
     assert Reward(spec)(images, prompts).tolist() == [34, 12]
     mixed = Reward(f"0.5*{spec}+jpeg_incompressibility")(images, prompts)
     assert not mixed.requires_grad
-    torch.testing.assert_close(mixed, torch.tensor([17.0, 6.0]) + REWARDS["jpeg_incompressibility"](images, prompts))
+    torch.testing.assert_close(
+        mixed, torch.tensor([17.0, 6.0]) + REWARDS["jpeg_incompressibility"](images, prompts)
+    )
 
 
 def test_two_user_files_of_one_name(tmp_path):
@@ -107,10 +113,10 @@ def test_parentheses_keep_a_path_together(tmp_path, name):
     (tmp_path / name).mkdir()
     spec = user_file(tmp_path / name, "return [3.0] * len(images)")
     reward, other = read_rewards(f"0.5*({spec})+2*jpeg_incompressibility", f"({spec}),shapes_fit")[:2]
-    jpeg = REWARDS["jpeg_incompressibility"](PICTURES, PROMPTS)
-    torch.testing.assert_close(reward(PICTURES, PROMPTS), 1.5 + 2 * jpeg)
+    jpeg = REWARDS["jpeg_incompressibility"](IMAGES, PROMPTS)
+    torch.testing.assert_close(reward(IMAGES, PROMPTS), 1.5 + 2 * jpeg)
     assert [part[1] for part in reward.parts] == [spec, "jpeg_incompressibility"]
-    assert other(PICTURES, PROMPTS).tolist() == [3.0] * 4
+    assert other(IMAGES, PROMPTS).tolist() == [3.0] * 4
     if name == "c++":
         with pytest.raises(InputError, match="in parentheses"):
             Reward(spec)
@@ -131,6 +137,7 @@ def test_parentheses_keep_a_path_together(tmp_path, name):
         ("nan*shapes_fit", "'nan*shapes_fit'"),
         ("*shapes_fit", "shapes_fit"),
         ("absent/file.py:score", "no file absent/file.py"),
+        ("own.py", "path/to/file.py:function"),  # without a function
     ],
 )
 def test_bad_specs(spec, culprit):
@@ -148,10 +155,11 @@ def test_bad_specs(spec, culprit):
         ("def score(:\n", "SyntaxError"),
         ("import absent_module\n", "absent_module"),
         ("raise RuntimeError('no weights')\n", "no weights"),
+        ("import sys\nsys.exit(3)\n", "SystemExit: 3"),
     ],
 )
 def test_bad_user_files(tmp_path, text, culprit):
-    file = tmp_path / "mine.py"
+    file = tmp_path / "own.py"
     file.write_text(text)
     with pytest.raises(InputError) as error:
         Reward(f"{file}:score", "--eval_rewards")
@@ -175,7 +183,7 @@ def test_bad_results(tmp_path, body, culprit):
         Reward(f"shapes_fit+2*{spec}")([RIGHT, RIGHT], [PROMPT, PROMPT.replace("red", "green")])
     message = str(error.value)
     assert spec in message and culprit in message
-    # the prompt of the bad picture, or the first where there is none such
+    # the prompt of the bad image, or the first where there is none such
     assert (PROMPT.replace("red", "green") if "inf" in culprit or "nan" in culprit else PROMPT) in message
 
 
@@ -210,7 +218,7 @@ def test_check_prompts(tmp_path):
 def test_image_statistics():
     half = np.zeros((16, 16, 3), np.uint8)
     half[:, 8:] = 255
-    pictures = {
+    cases = {
         "black": (Image.new("RGB", (16, 16)), 0, 0, 0),
         "white": (Image.new("RGB", (16, 16), "white"), 1, 0, 0),
         "red": (Image.new("RGB", (16, 16), (255, 0, 0)), 0.299, 0, 1),  # luma of ITU-R 601
@@ -218,13 +226,15 @@ def test_image_statistics():
         "pale": (Image.new("RGB", (16, 16), (255, 128, 128)), 0.651, 0, 0.498),
         "grey mode": (Image.new("L", (16, 16), 51), 0.2, 0, 0),
     }
-    images = [image for image, *_ in pictures.values()]
+    images = [image for image, *_ in cases.values()]
     statistics = image_statistics(images)
     for column, name in enumerate(("brightness", "contrast", "saturation"), 1):
         assert statistics[name].dtype == torch.float32
-        expected = [values[column] for values in pictures.values()]
+        expected = [values[column] for values in cases.values()]
         assert statistics.pop(name).tolist() == pytest.approx(expected, abs=0.003)
-    assert torch.equal(statistics.pop("jpeg_kb"), REWARDS["jpeg_incompressibility"](images, [""] * len(images)))
+    assert torch.equal(
+        statistics.pop("jpeg_kb"), REWARDS["jpeg_incompressibility"](images, [""] * len(images))
+    )
     assert not statistics
 
 
@@ -236,17 +246,3 @@ def test_diversity(size):
     assert diversity([black, white]) == pytest.approx(1)
     assert diversity([black, red]) == pytest.approx((1 / 3) ** 0.5)  # one channel of three
     assert diversity([black, black, white]) == pytest.approx(2 / 3)  # pairs 0, 1, 1
-
-
-def test_average_hash():
-    keys = average_hash([RIGHT, RIGHT.copy(), RIGHT.resize((64, 64))])
-    assert keys.shape == (3,) and keys.dtype == torch.int64
-    assert keys[0] == keys[1] == keys[2]
-    above = paint([("red", "circle", 16.0, 8.0, 5.4), ("blue", "square", 16.0, 24.0, 5.4)], 128)
-    assert len(set(average_hash([RIGHT, NOISE, above]).tolist())) == 3
-    cells = np.zeros((8, 8), np.uint8)
-    cells[0, 3] = cells[7, 7] = 200  # bits 3 and 63
-    both, last = average_hash([Image.fromarray(cells), Image.fromarray(cells * (np.arange(8) == 7))]).tolist()
-    assert (both & (2**64 - 1), last & (2**64 - 1)) == (2**3 + 2**63, 2**63)
-    # neither the brightness nor the other pictures matter
-    assert average_hash([Image.fromarray(cells // 2), Image.new("L", (8, 8), 255)]).tolist() == [both, 0]

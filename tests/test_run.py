@@ -1,4 +1,5 @@
-"""Whole runs of graft.py on a tiny pipeline: what they write; a killed one continues as if nothing had happened."""
+"""Whole runs of graft.py on a tiny pipeline: what they write. A killed one continues as if nothing had
+happened."""
 
 import json
 import re
@@ -11,8 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from common import LORA_FILE, Model, derived_seed, draw_noise
 from conftest import (
-    assert_same_pictures,
+    assert_same_images,
     assert_same_run,
     environment,
     exit_code,
@@ -21,12 +26,11 @@ from conftest import (
     run_inside,
     run_script,
 )
-from PIL import Image
-from safetensors.torch import load_file
-
-import rewards
-from common import LORA_FILE, Model
-from rewards import save_panels
+from graft import sample
+from rewards import jpeg_compressibility
+from shapes.render import all_scenes, prompt_of
+from utils import runs
+from utils.figures import save_panels
 
 ALL = ["--lora_targets", "all", "--save_accepted"]
 
@@ -49,7 +53,14 @@ def test_run_prints_settings_rounds_and_table(finished):
     settings = ("model", "LoRA", "sampling", "acceptance", "update", "evaluation")
     assert all(re.search(rf"^  {word} ", out, re.M) for word in settings)
     assert len(re.findall(r"^  round \d/2 .*s left$", out, re.M)) == 2
-    for metric in ("jpeg_compressibility", "shapes_graded", "brightness", "contrast", "saturation", "diversity"):
+    for metric in (
+        "jpeg_compressibility",
+        "shapes_graded",
+        "brightness",
+        "contrast",
+        "saturation",
+        "diversity",
+    ):
         assert re.search(rf"^{metric} +-?\d.* [+-]\d", out, re.M), metric
 
 
@@ -59,11 +70,16 @@ def test_run_folder(finished, tiny_v):
     assert {p.name for p in folder.iterdir()} == files | {"tensorboard", "accepted", ".lock"}
     assert json.loads((folder / "args.json").read_text())["model"] == tiny_v
     rows = read_metrics(folder)
-    assert [r["round"] for r in rows] == ["1", "2"] and [r["acceptance_rate"] for r in rows] == ["0.25", "0.25"]
+    assert [r["round"] for r in rows] == ["1", "2"] and [r["acceptance_rate"] for r in rows] == [
+        "0.25",
+        "0.25",
+    ]
     assert all(float(r["reward_accepted"]) > float(r["reward_sampled"]) for r in rows)
     for tag, points in read_scalars(folder).items():
         assert [step for step, _ in points] == [1, 2]
-        assert [value for _, value in points] == pytest.approx([float(r[tag]) for r in rows], rel=1e-5, nan_ok=True)
+        assert [value for _, value in points] == pytest.approx(
+            [float(r[tag]) for r in rows], rel=1e-5, nan_ok=True
+        )
     table = json.loads((folder / "results.json").read_text())["table"]
     for row in table:
         assert row["difference"] == pytest.approx(row["tuned"] - row["base"], abs=1e-5)
@@ -72,38 +88,33 @@ def test_run_folder(finished, tiny_v):
         assert np.asarray(Image.open(folder / name)).std() > 0
 
 
-def test_printed_snippet_makes_the_evaluated_picture(finished, tiny_v, prompt_files, tmp_path):
-    import graft
-    from common import Model, derived_seed
-
+def test_printed_code_makes_the_evaluated_image(finished, tiny_v, prompt_files, tmp_path):
     folder, out = finished
-    snippet = out[out.index("import torch; from diffusers") :]
-    assert len(snippet.strip().splitlines()) == 5
-    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=environment(), check=True, timeout=300)
-    picture = Image.open(tmp_path / "tuned.png")
+    code = out[out.index("import torch; from diffusers") :]
+    assert len(code.strip().splitlines()) == 5
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True, timeout=300)
+    image = Image.open(tmp_path / "tuned.png")
 
     model = Model(tiny_v, "cpu", torch.float32)
-    noise = graft.draw_noise([derived_seed("eval", 0, 0)], 4, model.latent_shape, model.dtype)
+    noise = draw_noise([derived_seed("eval", 0, 0)], 4, model.latent_shape, model.dtype)
     text = model.encode(Path(prompt_files.held_out).read_text().splitlines()[:1])
-    base = model.decode(graft.sample(model, noise, text, 1.0, 1.0))[0]
+    base = model.decode(sample(model, noise, text, 1.0, 1.0))[0]
     model.add_lora(4, 16.0, "all", 0)
     trained = torch.load(folder / "checkpoint.pt", weights_only=True)["lora"]
     assert set(trained) == set(model.lora())
     for name, parameter in model.lora().items():
         parameter.data.copy_(trained[name])
     with model.lora_merged():
-        tuned = model.decode(graft.sample(model, noise, text, 1.0, 1.0))[0]
-    assert_same_pictures([picture], [tuned])
-    assert np.abs(np.asarray(picture, float) - np.asarray(base, float)).mean() > 1
+        tuned = model.decode(sample(model, noise, text, 1.0, 1.0))[0]
+    assert_same_images([image], [tuned])
+    assert np.abs(np.asarray(image, float) - np.asarray(base, float)).mean() > 1
 
 
-def test_accepted_pictures(finished, prompt_files):
+def test_accepted_images(finished, prompt_files):
     folder, _ = finished
     lines = [json.loads(line) for line in (folder / "accepted" / "metadata.jsonl").read_text().splitlines()]
-    pictures = sorted(p.name for p in (folder / "accepted").glob("*.png"))
-    assert sorted(line["file_name"] for line in lines) == pictures and len(pictures) == 2 * 3
-    from rewards import jpeg_compressibility
-
+    names = sorted(p.name for p in (folder / "accepted").glob("*.png"))
+    assert sorted(line["file_name"] for line in lines) == names and len(names) == 2 * 3
     prompts = Path(prompt_files.train).read_text().splitlines()
     for line in lines:
         assert line["text"] in prompts
@@ -116,25 +127,35 @@ def accepted_set(folder):
     lines = [json.loads(line) for line in (folder / "accepted" / "metadata.jsonl").read_text().splitlines()]
     assert {line["file_name"] for line in lines} == {p.name for p in (folder / "accepted").glob("*.png")}
     return {
-        line["file_name"]: (line, np.asarray(Image.open(folder / "accepted" / line["file_name"]), float)) for line in lines
+        line["file_name"]: (line, np.asarray(Image.open(folder / "accepted" / line["file_name"]), float))
+        for line in lines
     }
 
 
-@pytest.mark.parametrize("rule", ["--rule topk --dedup", "--rule exponential --beta 0.2", "--rule preference"])
+@pytest.mark.parametrize("rule", ["--rule topk", "--rule exponential --beta 0.2", "--rule preference"])
 def test_shards_together_accept_what_one_run_accepts(tiny_arguments, tmp_path, monkeypatch, rule):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(  # two values, so that there are ties, which are broken at random
+        "from rewards import jpeg_kilobytes\n\n\n"
+        "def small(images, prompts):\n    return [float(jpeg_kilobytes(i) < 1.66) for i in images]\n"
+    )
     argv = [
         *tiny_arguments,
-        *f"--sample_only {rule} --reward shapes_graded --accept_flat --samples 4 --sample_batch 3".split(),
+        *f"--sample_only {rule} --reward own.py:small --samples 4 --sample_batch 3".split(),
     ]
-    for name, more in (("whole", []), ("one", ["--shard", "1/2"]), ("two", ["--shard", "2/2"])):
-        code, out, error = run_inside([*argv, *more, "--output", name])
+    for name, shard in (("all", []), ("one", ["--shard", "1/2"]), ("two", ["--shard", "2/2"])):
+        code, out, error = run_inside([*argv, *shard, "--output", name])
         assert code == 0 and "accepted" in out, error
-        assert {p.name for p in (tmp_path / name).iterdir()} == {"args.json", "checkpoint.pt", "accepted", ".lock"}
-    whole, one, two = (accepted_set(tmp_path / name) for name in ("whole", "one", "two"))
-    assert one and two and not set(one) & set(two) and set(one) | set(two) == set(whole)
+        assert {p.name for p in (tmp_path / name).iterdir()} == {
+            "args.json",
+            "checkpoint.pt",
+            "accepted",
+            ".lock",
+        }
+    complete, one, two = (accepted_set(tmp_path / name) for name in ("all", "one", "two"))
+    assert one and two and not set(one) & set(two) and set(one) | set(two) == set(complete)
     for name, (line, pixels) in (one | two).items():
-        assert line == whole[name][0] and np.abs(pixels - whole[name][1]).max() <= 1
+        assert line == complete[name][0] and np.abs(pixels - complete[name][1]).max() <= 1
     code, out, error = run_inside(["--resume", "two"])
     assert code == 0 and accepted_set(tmp_path / "two").keys() == two.keys(), error
 
@@ -144,14 +165,17 @@ def test_imagefolder_is_read_by_datasets(finished):
     folder, _ = finished
     accepted = accepted_set(folder)
     loaded = datasets.load_dataset(
-        "imagefolder", data_dir=str(folder / "accepted"), split="train", cache_dir=str(folder.parent / "cache")
+        "imagefolder",
+        data_dir=str(folder / "accepted"),
+        split="train",
+        cache_dir=str(folder.parent / "cache"),
     )
     assert len(loaded) == len(accepted) and set(loaded.column_names) == {"image", "text", "reward"}
     assert sorted(loaded["text"]) == sorted(line["text"] for line, _ in accepted.values())
 
 
 def test_lora_of_the_diffusers_trainer_is_loaded(tiny_v, tmp_path):
-    """What examples/text_to_image/train_text_to_image_lora.py of diffusers makes, with its LoraConfig and its way of saving."""
+    """As examples/text_to_image/train_text_to_image_lora.py of diffusers makes and saves it."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig
@@ -159,11 +183,15 @@ def test_lora_of_the_diffusers_trainer_is_loaded(tiny_v, tmp_path):
 
     trained, ours = (Model(tiny_v, "cpu", torch.float32) for _ in range(2))
     layers = ["to_k", "to_q", "to_v", "to_out.0"]
-    trained.denoiser.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=layers))
+    trained.denoiser.add_adapter(
+        LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=layers)
+    )
     for parameter in trained.lora().values():
         parameter.data.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(trained.denoiser))
-    StableDiffusionPipeline.save_lora_weights(save_directory=tmp_path, unet_lora_layers=state, safe_serialization=True)
+    StableDiffusionPipeline.save_lora_weights(
+        save_directory=tmp_path, unet_lora_layers=state, safe_serialization=True
+    )
     ours.load_lora(str(tmp_path))
     assert trained.lora().keys() == ours.lora().keys() and len(ours.lora()) > 8
     for name, parameter in trained.lora().items():
@@ -185,14 +213,18 @@ def test_same_arguments_same_run(finished, uninterrupted):
 
 
 KILLERS = [
-    [("rewards", "save_checkpoint", 1)],  # sampled, nothing saved
+    [("utils.runs", "save_checkpoint", 1)],  # sampled, nothing saved
     [("torch.nn.utils", "clip_grad_norm_", 1)],  # first checkpoint written, no update made
     [("torch.nn.utils", "clip_grad_norm_", 2)],  # between two updates
-    [("rewards", "save_checkpoint", 2)],  # round 1 ended, not saved
+    [("utils.runs", "save_checkpoint", 2)],  # round 1 ended, not saved
     [("rewards", "jpeg_kilobytes", 45)],  # round 1 saved, round 2 sampling
     [("torch.nn.utils", "clip_grad_norm_", 4)],  # last update
-    [("rewards", "save_checkpoint", 4)],  # everything made, round 2 not saved
-    [("rewards", "jpeg_kilobytes", 9), ("torch.nn.utils", "clip_grad_norm_", 1), ("rewards", "save_checkpoint", 1)],
+    [("utils.runs", "save_checkpoint", 4)],  # everything made, round 2 not saved
+    [
+        ("rewards", "jpeg_kilobytes", 9),
+        ("torch.nn.utils", "clip_grad_norm_", 1),
+        ("utils.runs", "save_checkpoint", 1),
+    ],
 ]
 
 
@@ -208,13 +240,17 @@ def test_killed_and_resumed(tiny_arguments, uninterrupted, tmp_path, killers):
 
 @pytest.mark.parametrize("n", (1, 4))
 def test_every_file_is_replaced_not_overwritten(tiny_arguments, tmp_path, n):
-    """Killed in the middle of the n-th write, a run keeps every older file whole."""
+    """Killed in the middle of the n-th write, a run keeps every older file intact."""
 
     def files():
         load_file(tmp_path / "run" / LORA_FILE)  # its bytes may differ, the metadata is in no fixed order
-        return {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file() and p.name != LORA_FILE}
+        return {
+            p.name: p.read_bytes()
+            for p in (tmp_path / "run").iterdir()
+            if p.is_file() and p.name != LORA_FILE
+        }
 
-    killer = ("rewards", "save_checkpoint", 4)
+    killer = ("utils.runs", "save_checkpoint", 4)
     assert exit_code([*tiny_arguments, "--output", "run"], tmp_path, killer) == -signal.SIGKILL
     before = files()
     assert exit_code(["--resume", "run"], tmp_path, ("os", "fsync", n)) == -signal.SIGKILL
@@ -232,12 +268,12 @@ def test_resume_of_a_finished_run(uninterrupted, tmp_path):
 
 def test_tensorboard_shows_every_row(tmp_path, monkeypatch):
     """However fast they come, and after a resume those that were logged before it was stored."""
-    monkeypatch.setattr(rewards, "WRITER", [])
+    monkeypatch.setattr(runs, "WRITERS", [])
     rows = [{"value": float(step)} for step in range(1, 31)]
     for stop in (20, 30):
         for step in range(max(1, stop - 12), stop + 1):
-            rewards.log(tmp_path, rows[:step], step, float(step))
-        rewards.WRITER.pop().close()  # as the next run does
+            runs.log_metrics(tmp_path, rows[:step], step, float(step))
+        runs.WRITERS.pop().close()  # as the next run does
     assert read_scalars(tmp_path) == {"value": [(step, float(step)) for step in range(8, 31)]}
 
 
@@ -258,7 +294,7 @@ RULES = {  # arguments -> least and greatest share accepted
     "--rule exponential --beta 0.05 --eta 0": (0.25, 0.99),
     "--rule threshold --threshold -0.001": None,
     "--rule threshold --threshold -1e9 --eval_every 0": (1, 1),
-    "--rule none --dedup --sample_batch 5": (0.25, 1),
+    "--rule none --sample_batch 5": (1, 1),
 }
 
 
@@ -279,8 +315,8 @@ def test_flags_change_what_they_say(tiny_arguments, tmp_path, monkeypatch):
         return rows_of([*tiny_arguments, *flags.split()], tmp_path, monkeypatch)
 
     plain, base = rows(""), rows("--reference base --no-accumulate")
-    assert [r["pictures_trained_on"] for r in plain] == ["3", "6"]
-    assert [r["pictures_trained_on"] for r in base] == ["3", "3"]
+    assert [r["images_trained_on"] for r in plain] == ["3", "6"]
+    assert [r["images_trained_on"] for r in base] == ["3", "3"]
     again = rows("--reference base --lr 0.5 --prompt_dropout 0.9")
     assert [r["reward_sampled"] for r in again] == [r["reward_sampled"] for r in base]
     assert plain[0]["reward_sampled"] == base[0]["reward_sampled"]
@@ -294,17 +330,20 @@ def test_flags_change_what_they_say(tiny_arguments, tmp_path, monkeypatch):
 
 
 def test_flat_groups(tiny_arguments, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("def flat(images, prompts):\n    return [1.0] * len(images)\n")
-    argv = [*tiny_arguments, "--reward", f"0.5*{tmp_path / 'mine.py'}:flat", "--rounds", "1"]
-    (row,) = rows_of([*argv, "--accept_flat"], tmp_path, monkeypatch)
-    assert (row["flat_groups"], row["acceptance_rate"], row["reward_sampled"]) == ("1.0", "0.25", "0.5")
-    code, _, error = run_inside(argv)
+    """Groups of equal rewards are counted and skipped."""
+    (tmp_path / "own.py").write_text(
+        "def flat(images, prompts):\n    return [1.0] * len(images)\n\n\n"
+        "def almost_flat(images, prompts):\n    return [2.0, *flat(images[1:], prompts)]\n"
+    )
+    argv = [*tiny_arguments, *"--rounds 1 --sample_batch 64 --reward".split()]
+    (row,) = rows_of([*argv, f"0.5*{tmp_path / 'own.py'}:almost_flat"], tmp_path, monkeypatch)
+    measured = [float(row[name]) for name in ("flat_groups", "acceptance_rate", "reward_sampled")]
+    assert measured == pytest.approx([2 / 3, 1 / 12, 0.5 * 13 / 12]) and float(row["reward_accepted"]) == 1
+    code, _, error = run_inside([*argv, f"{tmp_path / 'own.py'}:flat"])
     assert code == 2 and "accepted nothing" in error and "100%" in error
 
 
 def test_without_held_out_prompts_every_tenth_is_held_out(tiny_arguments, tmp_path, monkeypatch):
-    from shapes.render import all_scenes, prompt_of
-
     (tmp_path / "prompts.txt").write_text("\n".join(prompt_of(*s) for s in all_scenes()[:20]))
     monkeypatch.chdir(tmp_path)
     argv = [

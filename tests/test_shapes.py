@@ -1,4 +1,5 @@
-"""The shapes world: prompt files, renderer and checker against each other and against hand-made pictures, pipeline."""
+"""The shapes world: prompt files; renderer and checker against each other and against images made by hand;
+the embedded pipeline."""
 
 import io
 from pathlib import Path
@@ -25,7 +26,8 @@ from shapes.render import (
 SCENES = all_scenes()
 PIPELINE = Path(__file__).resolve().parents[1] / "shapes" / "pipeline"
 needs_pipeline = pytest.mark.skipif(not PIPELINE.is_dir(), reason="shapes/pipeline is not trained yet")
-FIRST, SECOND = ("red", "circle", 8.0, 16.0, 5.4), ("blue", "square", 24.0, 16.0, 5.4)  # FIRST is left of SECOND
+# FIRST is left of SECOND
+FIRST, SECOND = (("red", "circle", 8.0, 16.0, 5.4), ("blue", "square", 24.0, 16.0, 5.4))
 PROMPT = "a red circle left of a blue square"
 
 
@@ -38,14 +40,16 @@ def wrong_prompts(scene):
     """Every prompt that differs from the scene's in one property, and the one with the objects swapped."""
     first, relation, second = scene
     for i, one in enumerate((first, second)):
-        for other in [(c, one[1]) for c in COLOURS if c != one[0]] + [(one[0], s) for s in SHAPES if s != one[1]]:
+        for other in [(c, one[1]) for c in COLOURS if c != one[0]] + [
+            (one[0], s) for s in SHAPES if s != one[1]
+        ]:
             yield prompt_of(other, relation, second) if i == 0 else prompt_of(first, relation, other)
     yield from (prompt_of(first, r, second) for r in RELATIONS if r != relation)
     yield prompt_of(second, relation, first)
 
 
 def edited(image, mask, colour):
-    """The picture with the pixels of a boolean mask (rows, columns) set to a colour."""
+    """The image with the pixels of a boolean mask (rows, columns) set to a colour."""
     pixels = np.array(image)
     pixels[mask] = colour
     return Image.fromarray(pixels)
@@ -55,13 +59,16 @@ def edited(image, mask, colour):
 
 
 def test_prompt_files():
-    train, held_out = (PROMPT_FILES[name].read_text(encoding="utf-8").splitlines() for name in ("train", "eval"))
+    train, held_out = (
+        PROMPT_FILES[name].read_text(encoding="utf-8").splitlines() for name in ("train", "eval")
+    )
     assert (len(train), len(held_out)) == (400, 128)
     assert sorted(train + held_out) == sorted(prompt_of(*scene) for scene in SCENES)
     assert len(set(train + held_out)) == len(SCENES) == 528
     for side in (train, held_out):
         scenes = {parse(prompt) for prompt in side}
-        assert {(b, REVERSED[relation], a) for a, relation, b in scenes} == scenes  # both wordings on one side
+        # both wordings on one side
+        assert {(b, REVERSED[relation], a) for a, relation, b in scenes} == scenes
 
 
 def test_reversed_wording_is_of_the_same_scene():
@@ -72,7 +79,11 @@ def test_reversed_wording_is_of_the_same_scene():
 def test_parse():
     for scene in SCENES:
         assert parse(prompt_of(*scene)) == scene
-    assert parse("  A Red circle LEFT of a blue square\n") == (("red", "circle"), "left of", ("blue", "square"))
+    assert parse("  A Red circle LEFT of a blue square\n") == (
+        ("red", "circle"),
+        "left of",
+        ("blue", "square"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +134,12 @@ def test_shapes_and_colours_in_pixels():
         else:
             assert (np.diff(rows) >= 0).all() and rows[-1] > len(rows) > rows[0]  # point up
     for colour, (r, g, b) in COLOURS.items():
-        strong = {"red": r - max(g, b), "green": g - max(r, b), "blue": b - max(r, g), "yellow": min(r, g) - b}
+        strong = {
+            "red": r - max(g, b),
+            "green": g - max(r, b),
+            "blue": b - max(r, g),
+            "yellow": min(r, g) - b,
+        }
         assert max(strong, key=strong.get) == colour
 
 
@@ -170,7 +186,7 @@ def test_graded_counts_what_is_right():
         assert check(image, prompt).strict is (right == 6)
 
 
-def test_found_objects():
+def test_objects_are_recognised():
     first, second = sorted(find_objects(paint([FIRST, SECOND], 90)), key=lambda o: o.x)
     assert (first.colour, first.shape) == FIRST[:2] and (second.colour, second.shape) == SECOND[:2]
     assert (first.x, first.y, second.x, second.y) == pytest.approx((8, 16, 24, 16), abs=0.2)
@@ -178,12 +194,13 @@ def test_found_objects():
 
 
 def test_a_diagonal_is_no_relation():
-    image = paint([("red", "circle", 8.0, 8.0, 5.4), ("blue", "square", 22.0, 24.0, 5.4)], 128)  # more above than left
+    # more above than left
+    image = paint([("red", "circle", 8.0, 8.0, 5.4), ("blue", "square", 22.0, 24.0, 5.4)], 128)
     assert not check(image, PROMPT).strict
     assert check(image, "a red circle above a blue square").strict
 
 
-# ---------------------------------------------------------------- wrong pictures
+# ---------------------------------------------------------------- wrong images
 
 
 @pytest.mark.parametrize("background", [70, 128, 230])
@@ -222,7 +239,8 @@ def test_partly_overpainted_object_has_no_colour(edge):
                 assert check(image, prompt).strict
                 left = (abs(np.asarray(image, int) - background).max(-1) > 20) & (np.arange(32) < edge)
                 for over in {*COLOURS.values(), (0, 0, 0), (255, 255, 255)} - {COLOURS[colour]}:
-                    if background != 230 or over != (255, 255, 255):  # white on it is too faint to be part of the object
+                    # white on it is too faint to be part of the object
+                    if background != 230 or over != (255, 255, 255):
                         result = check(edited(image, left, over), prompt)
                         assert not result.strict and result.graded < 1
 
@@ -233,7 +251,8 @@ def test_partly_overpainted_object_has_no_colour(edge):
 )
 def test_other_colours_have_no_name(nearest, colour):
     image = paint([(nearest, *FIRST[1:]), SECOND], 128)
-    mask = (abs(np.asarray(image, int) - COLOURS[nearest]).max(-1) < 5) & (np.arange(32) < 16)  # all but its edge
+    # all but its edge
+    mask = (abs(np.asarray(image, int) - COLOURS[nearest]).max(-1) < 5) & (np.arange(32) < 16)
     prompt = prompt_of((nearest, "circle"), "left of", SECOND[:2])
     assert check(image, prompt).strict and not check(edited(image, mask, colour), prompt).strict
 
@@ -247,7 +266,7 @@ def test_ugly_objects_have_no_shape():
 
 
 @pytest.mark.parametrize("mode, colour", [("RGB", (0, 0, 0)), ("RGB", COLOURS["red"]), ("L", 200)])
-def test_blank_picture_gives_nothing(mode, colour):
+def test_a_blank_image_gives_nothing(mode, colour):
     result = check(Image.new(mode, (32, 32), colour), PROMPT)
     assert result.strict is False and result.graded == 0 and result.fit == 0
 
@@ -263,7 +282,8 @@ def noisy(image):
 
 def jpeg(image):
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90, subsampling=0)  # default 4:2:0 chroma blurs corners: 95 % remain right
+    # default 4:2:0 chroma blurs corners: 95 % remain right
+    image.save(buffer, "JPEG", quality=90, subsampling=0)
     return Image.open(buffer)
 
 
@@ -285,7 +305,8 @@ def test_distortions_change_no_verdict(name):
     wrong = []
     for i, (image, scene) in enumerate(zip(images, scenes)):
         prompts = list(wrong_prompts(scene))
-        wrong += [check(image, prompts[j % len(prompts)]).strict for j in (i, i + 5)]  # all kinds of errors in turn
+        # all kinds of errors in turn
+        wrong += [check(image, prompts[j % len(prompts)]).strict for j in (i, i + 5)]
     assert np.mean(wrong) < 0.02
 
 
@@ -304,7 +325,10 @@ def test_vae_keeps_rendered_scenes_right():
 
     vae = AutoencoderKL.from_pretrained(PIPELINE / "vae", dtype=torch.float32)
     scenes = SCENES[::2]
-    pixels = torch.from_numpy(np.stack([np.asarray(i) for i in rendered(scenes, 30)])).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = (
+        torch.from_numpy(np.stack([np.asarray(i) for i in rendered(scenes, 30)])).permute(0, 3, 1, 2) / 127.5
+        - 1
+    )
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
         decoded = vae.decode(latents / vae.config.scaling_factor).sample
