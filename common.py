@@ -100,9 +100,8 @@ def check_model(name: str) -> str:
     index = Path(name) / "model_index.json"
     try:
         if not Path(name).is_dir():
-            if not hub.try_to_load_from_cache(
-                name, index.name
-            ):  # the download would try for half a minute without a network
+            # without a network the download would try for half a minute
+            if not hub.try_to_load_from_cache(name, index.name):
                 hub.get_hf_file_metadata(hub.hf_hub_url(name, index.name))
             index = Path(hub.hf_hub_download(name, index.name))
         family = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
@@ -381,12 +380,10 @@ class Model:
         from peft.utils import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(self.denoiser)
-        if (
-            self.part == "unet"
-        ):  # one naming for all keys: diffusers judges a file by its first key and drops the others
-            state = {
-                k.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for k, v in state.items()
-            }
+        if self.part == "unet":
+            # one naming for all keys: diffusers judges a file by its first key and drops the others
+            names = {k: k.replace("lora_A", "lora.down").replace("lora_B", "lora.up") for k in state}
+            state = {names[k]: v for k, v in state.items()}
         options = {f"{self.part}_lora_layers": state, **_collate_lora_metadata({self.part: self.denoiser})}
         self.pipeline.save_lora_weights(folder, weight_name="part.safetensors", **options)
         os.replace(folder / "part.safetensors", folder / LORA_FILE)

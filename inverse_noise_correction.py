@@ -67,7 +67,7 @@ from common import (
 )
 from shapes.flow_data import FLOW, WORLD, FeatureNet, draw
 from utils.figures import save_figure
-from utils.images import find_images, read_images
+from utils.images import read_images
 from utils.runs import (
     InputError,
     check_output,
@@ -85,6 +85,7 @@ Normalise = Literal["auto", "scale", "gaussian"]
 Features = Literal["auto", "shapes", "pixels", "inception"]
 MOST_COVARIANCE = 4096  # numbers in an image; beyond, their covariance would be larger than any model here
 TRAIN_IMAGES = 20_000  # of the embedded world, to train the base on (control)
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 GAUSSIAN_FILE = "gaussian.safetensors"  # in the corrector's folder
 
 
@@ -615,9 +616,8 @@ def inversion_report(batches):
     if inverted < 20:
         raise InputError(f"only {inverted} images could be inverted: give more")
     error, residual = (torch.cat([batch[name] for batch in batches]) for name in ("error", "residual"))
-    iterations, contraction = (
-        torch.stack([batch[name] for batch in batches]).double() for name in ("iterations", "contraction")
-    )  # each (batches, N)
+    by_batch = {name: [batch[name] for batch in batches] for name in ("iterations", "contraction")}
+    iterations, contraction = (torch.stack(values).double() for values in by_batch.values())  # (batches, N)
     return {
         "images": images,
         "left_out": images - inverted,
@@ -681,10 +681,13 @@ def evaluate(flow, initial_noise, sigmas, reference, features, args):
 
 
 def find_enough_images(data, reference_share):
-    """The image files in the folder `data`; [] for "". InputError if there are too few to split."""
+    """The image files in the folder `data` and its subfolders, sorted; [] for "". InputError if there is no
+    such folder, or if the images are too few to split."""
     if not data:
         return []
-    files = find_images(data)
+    if not Path(data).is_dir():
+        raise InputError(f"--data {data}: no such folder")
+    files = sorted(file for file in Path(data).rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
     reference = round(reference_share * len(files))
     if min(reference, len(files) - reference) < 20:
         raise InputError(

@@ -333,12 +333,13 @@ class NoisePolicy(torch.nn.Module):
 
 
 def guided_prediction(model, x, t, text, guidance):
-    """The prediction that samples: unconditional + guidance * (conditional - unconditional).
-    text: (batch, rows, width)."""
+    """The prediction that samples: unconditional + guidance * (conditional - unconditional). x: (batch, c, h,
+    w), t: () or (batch,), text: (batch, rows, width)."""
     if guidance == 1:
         return model.predict(x, t, text)
-    text = torch.cat([model.empty.expand_as(text), text])
-    unconditional, conditional = model.predict(x.repeat(2, 1, 1, 1), t, text).chunk(2)
+    text = torch.cat([model.empty.expand_as(text), text])  # (2 batch, rows, width)
+    predictions = model.predict(x.repeat(2, 1, 1, 1), t.expand(len(x)).repeat(2), text)
+    unconditional, conditional = predictions.chunk(2)
     return unconditional + guidance * (conditional - unconditional)
 
 

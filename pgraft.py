@@ -224,11 +224,11 @@ def check_switch(args):
 def accept(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None, generator=None):
     """Which samples a rule accepts. rewards: (prompts, samples) -> bool mask of the same shape.
 
-    "topk": the top_k best of each row. "preference": the better of each consecutive pair. Both break ties at
-    random. Rows (pairs) whose rewards are all equal are skipped. "exponential": each with probability exp((r
-    - reward_max) / beta); reward_max is the reward's known upper bound, without one the row's maximum.
-    "threshold": r >= threshold. "none": all. ValueError for a rule without its parameter. Source: arXiv
-    2510.02692, generalised rejection sampling; equations (1) and (2).
+    "topk": the top_k best of each row, ties broken at random. "preference": the better of each consecutive
+    pair. Rows (pairs) whose rewards are all equal are skipped. "exponential": each with probability
+    exp((r - reward_max) / beta); reward_max is the reward's known upper bound, without one the row's maximum.
+    "threshold": r >= threshold. "none": all. ValueError for a rule without its parameter.
+    Source: arXiv 2510.02692, generalised rejection sampling; equations (1) and (2).
     """
     samples = rewards.shape[1]
     # breaks ties; tosses the coin of exponential
@@ -465,9 +465,8 @@ def probe(model, reward, prompts, args):
                 x_0 = denoise(model, x, levels[step:], fresh, text, args.guidance, args.eta)
                 rewards[k, j, batch] = reward(model.decode(x_0, "probe"), repeated[batch])
     rows = []
-    for step, values in zip(
-        steps, rewards.view(len(steps), args.probe_restarts, -1, 2)
-    ):  # (restarts, prompts, states)
+    rewards = rewards.view(len(steps), args.probe_restarts, -1, 2)  # (levels, restarts, prompts, states)
+    for step, values in zip(steps, rewards):
         share, se = unresolved_share(values.permute(1, 2, 0))
         level = {"step": step, "timestep": levels[step], "switch": levels[step] / model.train_timesteps}
         rows.append(level | {"unresolved": share, "se": se})

@@ -162,7 +162,7 @@ def run(*args, **options):
 
 def kill_after(process, seconds):
     """kill -9 after so many seconds of computing. (Elapsed time would depend on the machine's other work.)"""
-    with contextlib.suppress(FileNotFoundError):  # it has ended
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
         while process.is_alive():
             fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
             times = fields[11:13]  # user, system
@@ -189,8 +189,6 @@ def content(path):
     """What a file must have in common with the same file of another run."""
     if path.suffix == ".pt":
         return plain(resolve_name("torch.load")(path, weights_only=True))
-    if path.suffix == ".safetensors":  # in the file itself the metadata is in no fixed order
-        return plain(resolve_name("safetensors.torch.load_file")(path))
     return plain(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
 
 

@@ -135,8 +135,12 @@ TABLE = {
         (".square().mean()", ".abs().mean()"),
         ("model, x_t, t, text", "model, x_0, t, text"),
     ],
-    ("graft.py", "shard_rows", f"{RUN} -k 'shards and topk'"): [("slice(int(i) - 1,", "slice(int(i),")],
+    ("graft.py", "shard_rows", f"{RUN} -k 'shards or accepted_images'"): [
+        ("slice(int(i) - 1,", "slice(int(i),"),
+        ("None, int(n))", "None)"),
+    ],
     ("graft.py", "sampled_row", f"{RUN} -k flat_groups"): [
+        ('group = 2 if args.rule == "preference" else args.samples', "group = args.samples"),
         ("groups.amax(2) == groups.amin(2)", "groups.amax(2) != groups.amin(2)"),
         ("rewards.flatten()[index]", "rewards.flatten()"),
         ("/ rewards.numel()", "/ len(rewards)"),
@@ -392,7 +396,7 @@ TABLE = {
         ("network.load_state_dict(weights)", "pass"),
     ],
     ("inverse_noise_correction.py", "flow_objective", f"{INVERSE} -k test_flow_objective"): [
-        ("torch.rand(batch, generator=generator)", "torch.rand(batch, generator=generator) ** 2"),
+        ("torch.rand(batch, generator=generator)", "torch.rand(batch, generator=generator).square()"),
         ("torch.randint(len(images),", "torch.randint(batch,"),
     ],
     ("inverse_noise_correction.py", "update_flops", f"{INVERSE} -k test_results"): [(".backward()", "")],
@@ -435,6 +439,9 @@ TABLE = {
         ("args.grid_power if k == n else 1.0", "args.grid_power"),
     ],
     # ------------------------------------------------------------ models
+    ("common.py", "with_family_defaults", f"{FAMILIES} -k 'complete_run and xl-graft'"): [
+        ("1 + list(FAMILIES).index(family)", "list(FAMILIES).index(family)"),
+    ],
     ("common.py", "Model.alpha_sigma", TWO_STEPS): [
         ("abar.sqrt(), (1 - abar).sqrt()", "abar, 1 - abar"),
         ("(1 - abar).sqrt()", "(1 - abar)"),
@@ -458,10 +465,7 @@ TABLE = {
     ],
     ("common.py", "Model.add_lora", f"{PIPELINE} -k 'lora'"): [("lora_alpha=alpha", "lora_alpha=rank")],
     ("common.py", "Model.save_lora", f"{PIPELINE} -k saved_lora"): [
-        (
-            '_lora_layers": state, **_collate_lora_metadata({self.part: self.denoiser})',
-            '_lora_layers": state',
-        ),
+        ('_lora_layers": state, **metadata}', '_lora_layers": state}'),
     ],
     ("common.py", "read_switch", f"{FAMILIES} -k another_flow"): [
         ("abs(sigma - level) < 1e-3", "abs(sigma - level) < 1")

@@ -93,9 +93,8 @@ def find_objects(image: Image.Image) -> list[Found]:
         direction = median - background
         near = np.pad(mask, 1)
         near = near[1:-1, 1:-1] | near[2:, 1:-1] | near[:-2, 1:-1] | near[1:-1, 2:] | near[1:-1, :-2]
-        share = (
-            np.clip(difference @ direction / (direction @ direction), 0, 1) * near
-        )  # how much of each pixel is object
+        # how much of each pixel is object
+        share = np.clip(difference @ direction / (direction @ direction), 0, 1) * near
         area = share.sum()
         cx, cy = (share * _X).sum() / area, (share * _Y).sum() / area
         overlap = {}

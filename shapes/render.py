@@ -11,19 +11,19 @@ import numpy as np
 from PIL import Image
 
 SIZE = 32  # pixels, both sides
-COLOURS = {
+COLOURS = {  # RGB
     "red": (225, 40, 40),
     "green": (40, 170, 60),
     "blue": (50, 80, 225),
     "yellow": (240, 210, 40),
-}  # RGB
+}
 SHAPES = ("circle", "square", "triangle")
-RELATIONS = {
+RELATIONS = {  # (x, y) of first minus second
     "left of": (-1, 0),
     "right of": (1, 0),
     "above": (0, -1),
     "below": (0, 1),
-}  # (x, y) of first minus second
+}
 REVERSED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RADIUS = (5.0, 5.75)  # pixels
 BACKGROUND = (64, 240)  # grey level

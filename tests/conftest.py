@@ -356,9 +356,6 @@ def assert_one_line(code, error, named):
     assert named in error
 
 
-assert_same_pictures = assert_same_images  # until all tests use the new name
-
-
 # ---------------------------------------------------------------- draws
 
 

@@ -147,9 +147,8 @@ def test_cuda_branches(card, monkeypatch):
     assert [phase["reserved"] for phase in record["phases"]] == [1, 2, 3, 4, 5, 6]
     checks = record["checks"]
     assert checks["no wait inside the sampler's loop"] == "ok" and card.mode == "default"
-    assert checks["20 updates in float16"].startswith(
-        "FAILED: --dtype float16 needs a CUDA device"
-    )  # so says graft.py itself
+    refused = "FAILED: --dtype float16 needs a CUDA device"  # so says graft.py itself
+    assert checks["20 updates in float16"].startswith(refused)
     assert checks["memory target"].startswith(
         "met: 8 GB, of which 1.00 are outside torch; ok: 2 updates, at most "
     )

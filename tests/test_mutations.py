@@ -16,7 +16,8 @@ def test_every_mutation_applies():
     test_files = {file: (ROOT / file).read_text() for file in CHEAP_FIRST}
     assert len(MUTATIONS) == len(set(MUTATIONS)) >= 40
     for file, function, tests, old, new in MUTATIONS:
-        assert mutate(sources[file], function, old, new) != sources[file]
+        mutated = mutate(sources[file], function, old, new)
+        assert mutated != sources[file] and ast.parse(mutated)
         test_file, _, expression = tests.partition(" -k ")
         for word in re.findall(r"[a-z]\w+", expression):
             assert word in ("and", "or", "not") or word in test_files[test_file], f"{tests}: {word}"

@@ -322,10 +322,10 @@ def test_flags_change_what_they_say(tiny_arguments, tmp_path, monkeypatch):
     assert plain[0]["reward_sampled"] == base[0]["reward_sampled"]
     assert plain[1]["reward_sampled"] != base[1]["reward_sampled"]
     assert again[0]["loss"] != base[0]["loss"]
-    guided, conditional = rows("--guidance 3"), rows("--guidance 3 --no-guided_loss")
+    guided, conditional = rows("--rounds 1 --guidance 3"), rows("--rounds 1 --guidance 3 --no-guided_loss")
     assert guided[0]["reward_sampled"] == conditional[0]["reward_sampled"] != plain[0]["reward_sampled"]
     assert guided[0]["loss"] != conditional[0]["loss"]
-    assert rows("--seed 1")[0]["reward_sampled"] != plain[0]["reward_sampled"]
+    assert rows("--rounds 1 --seed 1")[0]["reward_sampled"] != plain[0]["reward_sampled"]
     assert float(rows("--micro_batch 4")[1]["loss"]) == pytest.approx(float(plain[1]["loss"]), rel=1e-3)
 
 
@@ -339,6 +339,9 @@ def test_flat_groups(tiny_arguments, tmp_path, monkeypatch):
     (row,) = rows_of([*argv, f"0.5*{tmp_path / 'own.py'}:almost_flat"], tmp_path, monkeypatch)
     measured = [float(row[name]) for name in ("flat_groups", "acceptance_rate", "reward_sampled")]
     assert measured == pytest.approx([2 / 3, 1 / 12, 0.5 * 13 / 12]) and float(row["reward_accepted"]) == 1
+    preference = [*argv, f"{tmp_path / 'own.py'}:almost_flat", "--rule", "preference"]
+    (row,) = rows_of(preference, tmp_path, monkeypatch)  # there a group is a pair
+    assert float(row["flat_groups"]) == pytest.approx(5 / 6)
     code, _, error = run_inside([*argv, f"{tmp_path / 'own.py'}:flat"])
     assert code == 2 and "accepted nothing" in error and "100%" in error
 

@@ -1,4 +1,4 @@
-"""Folders of images."""
+"""Image files."""
 
 from pathlib import Path
 
@@ -8,15 +8,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.runs import InputError
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-def find_images(folder: str) -> list[Path]:
-    """The image files in `folder` and its subfolders, sorted. InputError if there is no such folder."""
-    if not Path(folder).is_dir():
-        raise InputError(f"--data {folder}: no such folder")
-    return sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in ENDINGS)
 
 
 def read_images(files: list[Path], shape: tuple[int, int, int]) -> torch.Tensor:

@@ -4,6 +4,7 @@ result files.
 Nothing here is a step of a method, so a reader who studies one can skip this file.
 """
 
+import argparse
 import csv
 import dataclasses
 import errno
@@ -51,21 +52,20 @@ def parse_arguments(args_class, argv: list[str] | None = None):
     With --resume the stored arguments are the defaults. InputError if another value is given beside it.
     """
 
-    def parse(**options):
-        return tyro.cli(
-            args_class, args=argv, use_underscores=True, config=(tyro.conf.DisallowNone,), **options
-        )
-
-    args = parse()
-    if not args.resume:
-        return args
-    stored = stored_arguments(args_class, args.resume)
-    args = parse(default=stored)
+    options = {"args": argv, "use_underscores": True, "config": (tyro.conf.DisallowNone,)}
+    # read before tyro does: combinations are to be checked with the stored values, not with the defaults
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", default="")
+    folder = parser.parse_known_args(argv)[0].resume
+    if not folder:
+        return tyro.cli(args_class, **options)
+    stored = stored_arguments(args_class, folder)
+    args = tyro.cli(args_class, default=stored, **options)
     for field in dataclasses.fields(args_class):
         given, kept = getattr(args, field.name), getattr(stored, field.name)
         if given != kept:
             raise InputError(
-                f"--{field.name} {given} differs from the run in {args.resume} ({kept}): "
+                f"--{field.name} {given} differs from the run in {folder} ({kept}): "
                 "leave it out, or start a new run"
             )
     return args
@@ -120,9 +120,8 @@ def run_script(main, args_class) -> None:
         sys.exit(2)
     except (KeyboardInterrupt, Exception) as error:
         message = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or re.search(
-            "out of memory|can't allocate memory", message
-        ):  # CUDA, CPU
+        of_memory = "out of memory|can't allocate memory"  # CUDA's words, the CPU's
+        if isinstance(error, MemoryError) or re.search(of_memory, message):
             print(f"error: out of memory ({message}): lower the batch sizes", file=sys.stderr)
             sys.exit(2)
         folder = Path(LOCKS[0].lock_file).parent if LOCKS else None
@@ -131,9 +130,8 @@ def run_script(main, args_class) -> None:
         if isinstance(error, KeyboardInterrupt):
             print(f"\ninterrupted. {hint}", file=sys.stderr)
             sys.exit(130)
-        if not any(
-            os.strerror(code) in str(error) for code in DISK_ERRORS
-        ):  # libraries wrap the disk's errors
+        # libraries wrap the disk's errors in their own
+        if not any(os.strerror(code) in str(error) for code in DISK_ERRORS):
             raise
         print(f"error: {message}: make room or allow access; nothing saved is lost. {hint}", file=sys.stderr)
         sys.exit(2)
