@@ -554,8 +554,11 @@ def check_flow(name: str) -> tuple[int, int, int]:
 
 
 def derived_seed(*key: int | str) -> int:
-    """A 63-bit seed that depends on nothing but the key,
-    so that one image or update can be made again alone."""
+    """A 63-bit seed that depends on nothing but the key, so that one image or update can be made again alone.
+
+    Keys that differ only by zeros at the end give the same seed. So keys that begin alike have one length in
+    this project (a test lists them all).
+    """
     words = [w if isinstance(w, int) else int.from_bytes(w.encode(), "big") for w in key]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 

@@ -714,8 +714,9 @@ def load_images(args, shape, files):
     """The images of a run, from the files or of the embedded world, each (n, *shape), about [-1, 1].
 
     Returns {"invert": to learn the noises of, "reference": for the Frechet distance, "floor": their distance
-    from the reference is that of perfect samples, "train": to train the base on}. Of a folder, "reference"
-    has no image in common with the others.
+    from the reference is that of as many perfect samples, "train": to train the base on}. Of a folder,
+    "reference" has no image in common with the others, and "floor" may hold fewer than --eval_images: then
+    its distance is larger than that of --eval_images perfect samples.
     """
     if files:
         reference, others = split_images(read_images(files, shape), args.reference_share)
@@ -789,7 +790,8 @@ def print_results(results):
     for row, seconds in zip(results["table"], results["seconds"]["per_image"]):
         cost = f"{row['steps']:>6}{row['flops'] / 1e6:>11.1f}{1e3 * seconds:>8.2f}"
         print(f"{row['arm']:<26}{cost}{row['fd']:>18.4f}")
-    print(f"{'data against data':<51}{results['floor']:>18.4f}")
+    label = f"data against data, {results['floor_images']} images"
+    print(f"{label:<51}{results['floor']:>18.4f}")
     print("(MFLOP and ms: of one image)\n")
     print(f"{'noise':<24}" + "".join(f"{name:>12}" for name in results["noise"]))
     for name in results["noise"]["inverted"]:
@@ -997,6 +999,7 @@ def main(args):
     results = {
         "table": [{key: row[key] for key in ("arm", "steps", "fd", "flops")} for row in state["rows"]],
         "floor": floor,
+        "floor_images": len(images["floor"]),
         "steps": n,
         "matched_steps": matched,
         "inversion": report,

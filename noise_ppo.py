@@ -395,11 +395,12 @@ def sample_and_score(model, rewards, prompts, z, steps, args, label, statistics=
 # ================================================================ evaluation
 
 
-def evaluate(model, rewards, prompts, mean, log_std, steps, args, label):
-    """Fixed prompts x fixed seeds, equation (1). mean, log_std: (prompts or 1, c, h, w). Returns ({metric:
-    (prompts,), the mean over a prompt's images; best_of_m: of rewards[0]}, images of grid.png)."""
+def evaluate(model, rewards, prompts, mean, log_std, steps, args, label, tag="eval"):
+    """Fixed prompts x fixed seeds, others for each tag, equation (1). mean, log_std: (prompts or 1, c, h, w).
+    Returns ({metric: (prompts,), the mean over a prompt's images; best_of_m: of rewards[0]}, images of
+    grid.png)."""
     n = args.eval_samples
-    seeds = [derived_seed("eval", i, j) for i in range(len(prompts)) for j in range(n)]
+    seeds = [derived_seed(tag, i, j) for i in range(len(prompts)) for j in range(n)]
     eps = draw_noise(seeds, 0, model.latent_shape, model.dtype)[0]  # as the stock pipeline draws
     eps = eps.unflatten(0, (-1, n))  # (prompts, n, c, h, w)
     z = (mean.cpu()[:, None] + log_std.exp().cpu()[:, None] * eps).flatten(0, 1)
@@ -425,9 +426,9 @@ def final_evaluation(model, policy, rewards, prompts, held_out, all_steps, args)
         tuning_prompts, reward_by_s = prompts[: max(2, len(held_out) // 2)], {}
         for s in TEMPERATURES:
             label = f"temperature {s}"
-            means, _ = evaluate(
-                model, rewards[:1], tuning_prompts, zero, zero + math.log(s), args.steps, args, label
-            )
+            options = (zero, zero + math.log(s), args.steps, args, label)
+            # on other seeds than those of the evaluation
+            means, _ = evaluate(model, rewards[:1], tuning_prompts, *options, tag="temperature")
             reward_by_s[s] = means[args.reward].mean().item()
         results["temperature"] = max(reward_by_s, key=reward_by_s.get)
         noises["temperature"] = (zero, zero + math.log(results["temperature"]))

@@ -40,6 +40,7 @@ Deviation from the paper
 """
 
 import math
+import sys
 import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -265,8 +266,12 @@ def _rank(rewards, chance):
 def reshaped_reward(quantile, num_samples, top_k):
     """rhat of "the top_k best of num_samples" at quantile U in [0, 1], any shape. Equation (2)."""
     u = torch.as_tensor(quantile, dtype=torch.float64)
-    terms = [math.comb(num_samples - 1, j) * u ** (num_samples - 1 - j) * (1 - u) ** j for j in range(top_k)]
-    return torch.stack(terms).sum(0).log()
+    j = torch.arange(top_k, dtype=torch.float64).view(-1, *[1] * u.dim())  # (top_k, 1, ...)
+    others = torch.tensor(num_samples - 1, dtype=torch.float64)
+    # in logarithms: the binomial coefficients overflow
+    terms = (others + 1).lgamma() - (j + 1).lgamma() - (others - j + 1).lgamma()
+    terms = terms + torch.xlogy(others - j, u) + torch.xlogy(j, 1 - u)
+    return terms.logsumexp(0)
 
 
 def implied_kl(num_samples, top_k):
@@ -279,23 +284,41 @@ def implied_kl(num_samples, top_k):
     return torch.xlogy(density, density).mean().item()
 
 
-def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None):
-    """KL(accepted || sampled) in nats of a rule on rewards (prompts, samples).
-
-    topk and preference: equation (3), which is exact if no rewards tie. Others: from the acceptance
-    probabilities of each prompt's samples, so at most log(samples): the mean over the prompts that can
-    accept, NaN if none can.
-    """
+def acceptance_probability(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None):
+    """The probability with which `accept` accepts each sample, given the rewards of all.
+    (prompts, samples) -> the same shape, float64."""
     if rule in RANKING:
-        return implied_kl(rewards.shape[1], top_k) if rule == "topk" else implied_kl(2, 1)
-    if rule == "none":
-        return 0.0
-    if rule == "threshold":
-        chance = (rewards >= threshold).double()
-    else:
-        chance = ((rewards - rewards.max(1, True).values) / beta).double().exp()
-    weight = (chance / chance.mean(1, keepdim=True))[chance.sum(1) > 0]
-    return torch.xlogy(weight, weight).mean().item() if len(weight) else math.nan
+        size, best = (rewards.shape[1], top_k) if rule == "topk" else (2, 1)
+        groups = rewards.reshape(-1, size)  # (groups, size)
+        greater = (groups[:, None, :] > groups[:, :, None]).sum(2)  # (groups, size) samples that rank before
+        equal = (groups[:, None, :] == groups[:, :, None]).sum(2)  # samples that tie, itself included
+        chance = ((best - greater) / equal).clamp(0, 1) * (equal < size)
+        return chance.reshape(rewards.shape).double()
+    if rule == "exponential":
+        bound = rewards.max(1, keepdim=True).values if reward_max is None else reward_max
+        return ((rewards - bound) / beta).double().exp().clamp(max=1)
+    return (rewards >= (-math.inf if rule == "none" else threshold)).double()
+
+
+def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None):
+    """KL(accepted || sampled) in nats, of images with their prompts, from a round's rewards (prompts,
+    samples). NaN if nothing can be accepted.
+
+    topk and preference: equation (3) if no rewards of a group tie; else that of the rewards alone, taken as
+    discrete, which is all of it if acceptance depends on the reward alone. threshold: -log of the acceptance
+    rate. exponential: from the acceptance probabilities; without reward_max they depend on the group too, and
+    the value is an upper bound.
+    """
+    groups = rewards.reshape(-1, 2) if rule == "preference" else rewards
+    if rule in RANKING and not (groups.sort(1).values.diff(dim=1) == 0).any():
+        return implied_kl(groups.shape[1], top_k if rule == "topk" else 1)
+    options = {"top_k": top_k, "threshold": threshold, "beta": beta, "reward_max": reward_max}
+    chance = acceptance_probability(rewards, rule, **options).flatten()
+    if rule in RANKING:  # the mean chance of each value of the reward
+        _, value, count = rewards.flatten().unique(return_inverse=True, return_counts=True)
+        chance = (torch.zeros(len(count), dtype=torch.float64).index_add(0, value, chance) / count)[value]
+    density = chance / chance.mean()  # of the accepted relative to the sampled
+    return torch.xlogy(density, density).mean().item()
 
 
 def shaped_target(x_s, noise, alpha_s, sigma_s, alpha_t, sigma_t, prediction_type):
@@ -507,8 +530,8 @@ def describe(args, model, per_round, held_out, folder, prompts):
     rules = {"topk": f"{args.top_k} best of {args.samples}", "preference": "better of two"}
     kl = "estimated in every round"
     if args.rule in RANKING:  # then it does not depend on the rewards
-        without_ties = estimated_kl(torch.zeros(1, args.samples), args.rule, top_k=args.top_k)
-        kl = f"{without_ties:.2f} nats if no rewards tie"
+        group, best = (args.samples, args.top_k) if args.rule == "topk" else (2, 1)
+        kl = f"{implied_kl(group, best):.2f} nats if no rewards tie"
     reference = "base" if args.reference == "base" or args.rounds == 1 else "model of the round"
     guided = "" if args.guidance == 1 else ", guided loss" if args.guided_loss else ", conditional loss"
     size = sum(p.numel() for p in model.lora().values())
@@ -527,10 +550,19 @@ lr {args.lr:g}{guided}
   evaluation {len(held_out)} held-out prompts x {args.eval_samples} images, base and tuned on equal seeds"""
 
 
-def sampled_row(number, args, rewards, index, scores, images):
-    """The columns of metrics.csv about a round's sampling. rewards: (prompts, samples), index: (n,) the
-    accepted ones among all samples, scores: {reward: (prompts x samples,)}. InputError if nothing was
-    accepted."""
+def sampled_row(number, args, rewards, index, scores, images, options):
+    """The columns of metrics.csv about a round's sampling. InputError if nothing was accepted.
+
+    rewards: (prompts, samples); index: (n,) the accepted ones among all samples; scores: {reward or statistic:
+    (prompts x samples,)}; options: of the rule.
+    """
+    above = (rewards > (math.inf if args.reward_max is None else args.reward_max)).sum().item()
+    if above:
+        print(
+            f"warning: {above} of {rewards.numel()} rewards are above --reward_max {args.reward_max:g} "
+            f"(largest {rewards.max():.4g}) and count as equal to it; give the reward's true upper bound",
+            file=sys.stderr,
+        )
     group = 2 if args.rule == "preference" else args.samples  # the samples among which a rule ranks
     groups = rewards.view(len(rewards), -1, group)  # (prompts, groups, group)
     flat = ((groups.amax(2) == groups.amin(2)) & (args.rule in RANKING)).double().mean().item()
@@ -549,7 +581,7 @@ def sampled_row(number, args, rewards, index, scores, images):
         "reward_accepted": rewards.flatten()[index].mean().item(),
         "acceptance_rate": len(index) / rewards.numel(),
         "flat_groups": flat,
-        "kl": estimated_kl(rewards, args.rule, top_k=args.top_k, threshold=args.threshold, beta=args.beta),
+        "kl": estimated_kl(rewards, args.rule, **options),
         "diversity": sum(spread) / len(spread),
     } | {name: values.mean().item() for name, values in scores.items() if name != args.reward}
 
@@ -701,7 +733,7 @@ def main(args):
             index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
             accepted = {"x_s": x_s[index], "x_0": x_0[index], "prompt": ids[index]}
             state["accepted"].append(accepted | {"reward": reward.flatten()[index]})
-            state["rows"].append(sampled_row(r + 1, args, reward, index, scores, images))
+            state["rows"].append(sampled_row(r + 1, args, reward, index, scores, images, options))
             if args.save_accepted:
                 save_accepted(folder, model, x_0[index], state["accepted"], prompts, args.sample_batch)
             save()

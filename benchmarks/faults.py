@@ -189,6 +189,8 @@ def content(path):
     """What a file must have in common with the same file of another run."""
     if path.suffix == ".pt":
         return plain(resolve_name("torch.load")(path, weights_only=True))
+    if path.suffix == ".safetensors":  # in the file itself the metadata is in no fixed order
+        return plain(resolve_name("safetensors.torch.load_file")(path))
     return plain(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
 
 

@@ -465,7 +465,10 @@ TABLE = {
     ],
     ("common.py", "Model.add_lora", f"{PIPELINE} -k 'lora'"): [("lora_alpha=alpha", "lora_alpha=rank")],
     ("common.py", "Model.save_lora", f"{PIPELINE} -k saved_lora"): [
-        ('_lora_layers": state, **metadata}', '_lora_layers": state}'),
+        (
+            '_lora_layers": state, **_collate_lora_metadata({self.part: self.denoiser})',
+            '_lora_layers": state',
+        ),
     ],
     ("common.py", "read_switch", f"{FAMILIES} -k another_flow"): [
         ("abs(sigma - level) < 1e-3", "abs(sigma - level) < 1")
