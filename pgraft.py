@@ -553,8 +553,8 @@ lr {args.lr:g}{guided}
 def sampled_row(number, args, rewards, index, scores, images, options):
     """The columns of metrics.csv about a round's sampling. InputError if nothing was accepted.
 
-    rewards: (prompts, samples); index: (n,) the accepted ones among all samples; scores: {reward or statistic:
-    (prompts x samples,)}; options: of the rule.
+    rewards: (prompts, samples); index: (n,) the accepted ones among all samples; scores: {reward or
+    statistic: (prompts x samples,)}; options: of the rule.
     """
     above = (rewards > (math.inf if args.reward_max is None else args.reward_max)).sum().item()
     if above:

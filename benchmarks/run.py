@@ -143,6 +143,7 @@ INC = {
     "default": Arm(CORRECTION, figures=("curve.png", "grid.png", "noise.png")),
     "grid_0.7": Arm(f"{CORRECTION} --grid_power 0.7 {ONE_GRID}"),
     "grid_1.4": Arm(f"{CORRECTION} --grid_power 1.4 {ONE_GRID}"),
+    "power_1.4": Arm(f"{CORRECTION} --grid_power 1.4 --no-longer --eval_steps 6", seeds=(0,)),
     "steps_64": Arm(f"{CORRECTION} --steps 64 --images 6000 --no-longer --eval_steps 64 65 128", seeds=(0,)),
     "scale_start": Arm(f"{CORRECTION} --normalise scale --no-longer --eval_steps 6", seeds=(0,)),
     "as_large": Arm(

@@ -588,6 +588,12 @@ def correction_table(title: str, rows) -> str:
     return table([title, "steps", "MFLOP an image", "Fréchet distance"], lines)
 
 
+@part("another grid")
+def another_grid() -> str:
+    rows = [(row["arm"], row) for row in runs("inc/power_1.4")[0]["results"]["table"]]
+    return correction_table("`--grid_power 1.4`, seed 0", rows)
+
+
 @part("many steps")
 def many_steps() -> str:
     results = runs("inc/steps_64")[0]["results"]
