@@ -284,40 +284,35 @@ def implied_kl(num_samples, top_k):
     return torch.xlogy(density, density).mean().item()
 
 
-def acceptance_probability(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None):
-    """The probability with which `accept` accepts each sample, given the rewards of all.
-    (prompts, samples) -> the same shape, float64."""
-    if rule in RANKING:
-        size, best = (rewards.shape[1], top_k) if rule == "topk" else (2, 1)
-        groups = rewards.reshape(-1, size)  # (groups, size)
-        greater = (groups[:, None, :] > groups[:, :, None]).sum(2)  # (groups, size) samples that rank before
-        equal = (groups[:, None, :] == groups[:, :, None]).sum(2)  # samples that tie, itself included
-        chance = ((best - greater) / equal).clamp(0, 1) * (equal < size)
-        return chance.reshape(rewards.shape).double()
-    if rule == "exponential":
-        bound = rewards.max(1, keepdim=True).values if reward_max is None else reward_max
-        return ((rewards - bound) / beta).double().exp().clamp(max=1)
-    return (rewards >= (-math.inf if rule == "none" else threshold)).double()
-
-
 def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_max=None):
     """KL(accepted || sampled) in nats, of images with their prompts, from a round's rewards (prompts,
     samples). NaN if nothing can be accepted.
 
-    topk and preference: equation (3) if no rewards of a group tie; else that of the rewards alone, taken as
-    discrete, which is all of it if acceptance depends on the reward alone. threshold: -log of the acceptance
-    rate. exponential: from the acceptance probabilities; without reward_max they depend on the group too, and
-    the value is an upper bound.
+    topk and preference: of the rewards, as if every prompt had the round's distribution of them; equation (3)
+    if none tie. threshold: -log of the acceptance rate. exponential: from the acceptance probabilities;
+    without reward_max they depend on the group too, and the value is an upper bound.
     """
-    groups = rewards.reshape(-1, 2) if rule == "preference" else rewards
-    if rule in RANKING and not (groups.sort(1).values.diff(dim=1) == 0).any():
-        return implied_kl(groups.shape[1], top_k if rule == "topk" else 1)
-    options = {"top_k": top_k, "threshold": threshold, "beta": beta, "reward_max": reward_max}
-    chance = acceptance_probability(rewards, rule, **options).flatten()
-    if rule in RANKING:  # the mean chance of each value of the reward
-        _, value, count = rewards.flatten().unique(return_inverse=True, return_counts=True)
-        chance = (torch.zeros(len(count), dtype=torch.float64).index_add(0, value, chance) / count)[value]
-    density = chance / chance.mean()  # of the accepted relative to the sampled
+    if rule in RANKING:
+        samples, best = (rewards.shape[1], top_k) if rule == "topk" else (2, 1)
+        _, count = rewards.flatten().unique(return_counts=True)  # (values,) from the least on
+        share = count.double() / rewards.numel()
+        u = torch.cat([torch.zeros(1, dtype=torch.float64), share.cumsum(0)]).clamp(max=1)  # (values + 1,)
+        # b of a group's samples, with binomial probability, are among the share u of the least rewards; of
+        # these the rule accepts b - (samples - best), if that is above 0
+        b = torch.arange(samples - best, samples + 1, dtype=torch.float64)[:, None]  # (best + 1, 1)
+        n = torch.tensor(samples, dtype=torch.float64)
+        log_chance = (n + 1).lgamma() - (b + 1).lgamma() - (n - b + 1).lgamma()
+        chance = (log_chance + torch.xlogy(b, u) + torch.xlogy(n - b, 1 - u)).exp()
+        accepted = ((b - (samples - best)) * chance).sum(0).diff()  # (values,) of a group
+        accepted = (accepted - best * share**samples).clamp(min=0)  # groups of one value are skipped
+        density = accepted / accepted.sum() / share  # of the accepted relative to the sampled
+        return (share * torch.xlogy(density, density)).sum().item()
+    if rule == "exponential":
+        bound = rewards.max(1, keepdim=True).values if reward_max is None else reward_max
+        chance = ((rewards - bound) / beta).double().exp().clamp(max=1)
+    else:
+        chance = (rewards >= (-math.inf if rule == "none" else threshold)).double()
+    density = chance / chance.mean()
     return torch.xlogy(density, density).mean().item()
 
 

@@ -1,7 +1,8 @@
 """The equations of graft.py against closed forms and simple re-implementations. Every draw is seeded."""
 
 import math
-from itertools import chain, combinations
+from fractions import Fraction
+from itertools import chain, combinations, product
 
 import numpy as np
 import pytest
@@ -9,7 +10,13 @@ import torch
 
 from common import derived_seed, schedule_prompts
 from conftest import assert_mean, seeded
-from graft import accept, estimated_kl, implied_kl, reshaped_reward, training_target
+from graft import (
+    accept,
+    estimated_kl,
+    implied_kl,
+    reshaped_reward,
+    training_target,
+)
 from utils.runs import paired_table
 
 TOP_K = [(2, 1), (4, 1), (8, 1), (4, 2), (8, 3), (5, 4), (5, 5)]  # (M, K)
@@ -72,6 +79,38 @@ def test_implied_kl(m, k):
     rewards = uniform(20_000, m, seed=101)
     accepted = rewards[accept(rewards, "topk", top_k=k, generator=seeded())].view(-1, k)
     assert_mean((math.log(m / k) + reshaped_reward(accepted, m, k)).mean(1), implied_kl(m, k))
+
+
+def exact_log_sum(m, k, u):
+    """Equation (2) for a rational u, in whole numbers up to the logarithm."""
+    u = Fraction(u)
+    total = sum(math.comb(m - 1, j) * u ** (m - 1 - j) * (1 - u) ** j for j in range(k))
+    # log of a fraction: numerator and denominator may be too large for a float
+    return math.log(total.numerator) - math.log(total.denominator) if total else -math.inf
+
+
+@pytest.mark.parametrize("m, k", [*TOP_K, (1, 1), (100, 20), (100, 99), (300, 150), (2000, 3)])
+def test_reshaped_reward_is_exact(m, k):
+    """C(99, 19) has 67 bits: no whole number of torch holds it."""
+    quantiles = [
+        Fraction(0),
+        Fraction(1, 128),
+        Fraction(3, 8),
+        Fraction(1, 2),
+        Fraction(127, 128),
+        Fraction(1),
+    ]
+    values = reshaped_reward([float(u) for u in quantiles], m, k)
+    assert values.dtype == torch.float64
+    assert values.tolist() == pytest.approx([exact_log_sum(m, k, u) for u in quantiles], rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("m, k", [(100, 20), (64, 32)])
+def test_implied_kl_of_many_samples(m, k):
+    """Quadrature of exact values of equation (3)."""
+    log_density = math.log(m / k) + np.array([exact_log_sum(m, k, u) for u in NODES])
+    expected = WEIGHTS @ (np.exp(log_density) * log_density)
+    assert implied_kl(m, k) == pytest.approx(expected, abs=1e-4) and expected < math.log(m / k)
 
 
 def test_implied_kl_in_closed_form():
@@ -220,20 +259,128 @@ def test_acceptance_does_not_fall_with_the_reward(rule, options):
     assert rule == "none" or share[4] > share[0] + 0.2
 
 
-def test_estimated_kl():
-    rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]])
-    # -log of the accepted share; the row that accepts nothing is left out
-    expected = (math.log(5 / 2) + math.log(5)) / 2
+# ---------------------------------------------------------------- KL of a round
+
+
+def table_of(shares, samples=8, seed=7):
+    """Rewards (prompts, samples) in which each value has exactly its share: {value: whole number}."""
+    values = torch.tensor([value for value, count in shares.items() for _ in range(count)])
+    return values[torch.randperm(len(values), generator=seeded(seed))].view(-1, samples)
+
+
+def kl_of_discrete(shares, chance):
+    """KL(accepted || sampled) of a discrete law {value: weight}
+    of which a value is accepted with probability {value: chance}."""
+    total = sum(shares.values())
+    law = {value: weight / total for value, weight in shares.items()}
+    rate = sum(law[value] * chance[value] for value in law)
+    accepted = {value: law[value] * chance[value] / rate for value in law}
+    return sum(q * math.log(q / law[value]) for value, q in accepted.items() if q > 0)
+
+
+@pytest.mark.parametrize("accepted, of", [(16, 800), (3, 8), (799, 800), (800, 800)])
+def test_kl_of_threshold_is_minus_log_of_the_acceptance_rate(accepted, of):
+    """Over the round, not within the groups, where it could not exceed log(samples)."""
+    rewards = table_of({1.0: accepted, 0.25: of - accepted})
     for threshold in (0.5, 1.0):  # the threshold itself is accepted
-        assert estimated_kl(rewards, "threshold", threshold=threshold) == pytest.approx(expected)
+        kl = estimated_kl(rewards, "threshold", threshold=threshold)
+        assert kl == pytest.approx(-math.log(accepted / of), abs=1e-12)
     assert math.isnan(estimated_kl(rewards, "threshold", threshold=2.0))
-    assert estimated_kl(rewards, "none") == 0
-    assert estimated_kl(rewards, "topk", top_k=3) == implied_kl(5, 3)
-    assert estimated_kl(rewards, "preference") == pytest.approx(math.log(2) - 1 / 2)
-    rewards = uniform(7, 6)
-    log_density = torch.log_softmax(rewards / 0.3, 1)  # of the accepted, against 1/6 each
-    expected = (log_density.exp() * (log_density + math.log(6))).sum(1).mean().item()
-    assert estimated_kl(rewards, "exponential", beta=0.3) == pytest.approx(expected, rel=1e-6)
+    assert estimated_kl(rewards, "threshold", threshold=0.25) == estimated_kl(rewards, "none") == 0
+    if of == 800 and accepted == 16:
+        assert kl == pytest.approx(3.91, abs=0.005) and kl > math.log(8)
+
+
+@pytest.mark.parametrize("reward_max", [3.0, 5.0])
+@pytest.mark.parametrize("beta", [0.3, 2.0])
+def test_kl_of_exponential_with_a_bound(beta, reward_max):
+    """On a discrete law: the tilted law's KL, which does not depend on the bound."""
+    shares = {0.0: 40, 1.0: 24, 3.0: 16}
+    kl = estimated_kl(table_of(shares), "exponential", beta=beta, reward_max=reward_max)
+    assert kl == pytest.approx(kl_of_discrete(shares, {v: math.exp(v / beta) for v in shares}), rel=1e-5)
+
+
+def test_kl_of_exponential_with_rewards_above_the_bound():
+    """Probabilities end at 1: not the 1.05 of the law tilted everywhere."""
+    shares, beta = {0.0: 80, 1.0: 80, 2.0: 80}, 0.2
+    rewards = table_of(shares)
+    tilted = kl_of_discrete(shares, {v: math.exp(v / beta) for v in shares})
+    cut = kl_of_discrete(shares, {v: min(1, math.exp((v - 1) / beta)) for v in shares})
+    assert tilted > 1.05 and cut < 0.4
+    kl = estimated_kl(rewards, "exponential", beta=beta, reward_max=1.0)
+    assert kl == pytest.approx(cut, rel=1e-5)
+    # the accepted ones have that law
+    accepted = rewards.repeat(500, 1)
+    accepted = accepted[accept(accepted, "exponential", beta=beta, reward_max=1.0, generator=seeded())]
+    frequency = [(accepted == v).double().mean().item() for v in shares]
+    assert sum(q * math.log(3 * q) for q in frequency if q) == pytest.approx(kl, abs=0.02)
+    assert estimated_kl(rewards, "exponential", beta=beta, reward_max=-5.0) == 0  # accepts all
+
+
+def chance_given_value(shares, samples, beta):
+    """{value: E[A | reward]} of exponential without a bound, the other samples being drawn alike."""
+    values, total, chance = list(shares), sum(shares.values()), {}
+    for value in values:
+        chance[value] = 0.0
+        for others in product(values, repeat=samples - 1):
+            weight = math.prod(shares[other] / total for other in others)
+            chance[value] += weight * math.exp((value - max(value, *others)) / beta)
+    return chance
+
+
+def test_kl_of_exponential_without_a_bound_is_an_upper_bound():
+    shares, beta = {0.0: 10_000, 1.0: 6_000, 3.0: 4_000}, 0.8
+    rewards = table_of(shares, samples=4)
+    chance = ((rewards - rewards.amax(1, keepdim=True)) / beta).exp().double().numpy()
+    density = chance / chance.mean()
+    kl = estimated_kl(rewards, "exponential", beta=beta)
+    assert kl == pytest.approx((density * np.log(density)).mean(), rel=1e-5)
+    truth = kl_of_discrete(shares, chance_given_value(shares, 4, beta))
+    assert truth < kl < -math.log(chance.mean())
+
+
+@pytest.mark.parametrize("m, k", TOP_K)
+def test_kl_of_rules_that_rank_without_ties(m, k):
+    """Equation (3), up to the width of a reward's share of the round."""
+    rewards = uniform(2000, m)
+    assert estimated_kl(rewards, "topk", top_k=k) == pytest.approx(implied_kl(m, k), abs=3e-4)
+    rewards[0, 1] = rewards[0, 0]  # a tie changes little
+    assert estimated_kl(rewards, "topk", top_k=k) == pytest.approx(implied_kl(m, k), abs=2e-3)
+    if m % 2 == 0:
+        assert estimated_kl(rewards, "preference") == pytest.approx(math.log(2) - 1 / 2, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "rule, options", [("topk", {"top_k": 1}), ("topk", {"top_k": 3}), ("preference", {})]
+)
+def test_kl_of_rules_that_rank_with_ties(rule, options):
+    """What accept does on a law of four values."""
+    law = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    rewards = torch.multinomial(law, 4 * 200_000, True, generator=seeded(3)).view(-1, 4).float()
+    accepted = rewards[accept(rewards, rule, **options, generator=seeded())]
+    share = torch.bincount(accepted.long(), minlength=4) / len(accepted)
+    truth = torch.xlogy(share, share / law).sum().item()
+    assert estimated_kl(rewards, rule, **options) == pytest.approx(truth, abs=5e-3)
+
+
+@pytest.mark.parametrize("ones", [16, 240, 600])
+def test_kl_of_a_binary_reward_is_minus_log_of_its_share(ones):
+    """Zeros are never accepted, and all ones are alike."""
+    rewards = table_of({1.0: ones, 0.0: 800 - ones})
+    for rule in ("topk", "preference"):
+        assert estimated_kl(rewards, rule) == pytest.approx(-math.log(ones / 800), abs=1e-5)
+    for rule in ("topk", "preference"):
+        assert math.isnan(estimated_kl(torch.ones(3, 4), rule))
+
+
+@pytest.mark.parametrize("values", [500, 2000])
+def test_kl_of_a_reward_of_many_values(values):
+    """A tie or two, as between sizes of files, change next to nothing."""
+    rewards = (uniform(160, 8) * values).floor()
+    assert 0 < (rewards.sort(1).values.diff(dim=1) == 0).sum() < 20
+    assert estimated_kl(rewards, "topk", top_k=1) == pytest.approx(implied_kl(8, 1), abs=0.02)
+    rewards += 10 * values * torch.arange(160)[:, None]  # each prompt has values of its own
+    assert estimated_kl(rewards, "topk", top_k=1) == pytest.approx(implied_kl(8, 1), abs=0.02)
 
 
 # ---------------------------------------------------------------- the loss's target

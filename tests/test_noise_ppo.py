@@ -474,12 +474,13 @@ def test_evaluate(frozen):
 
 
 def test_controls(frozen, monkeypatch):
-    """The temperature that is best on training prompts, and the policy's mean over them."""
-    calls, held_out = [], PROMPTS[:2]
+    """The temperature that is best on training prompts and seeds of its own; the policy's mean over them."""
+    calls, tags, held_out = [], [], PROMPTS[:2]
     prompts = [PROMPTS[2], "a red square above a red circle", PROMPTS[2]]
 
-    def evaluate(model, rewards, prompts, mean, log_std, steps, args, label):
+    def evaluate(model, rewards, prompts, mean, log_std, steps, args, label, tag="eval"):
         calls.append((prompts, mean, log_std, steps))
+        tags.append(tag)
         reward = -(log_std.exp().mean() - 0.6).abs()  # best at 0.6
         return {"r": reward.expand(len(prompts)), "diversity": torch.ones(len(prompts))}, []
 
@@ -487,7 +488,7 @@ def test_controls(frozen, monkeypatch):
     args = SimpleNamespace(controls=True, policy="conditional", steps=4, reward="r", guidance=1.0)
     model, policy = frozen["v"], new_policy(seed=1)
     results, _ = noise_ppo.final_evaluation(model, policy, ["r"], prompts, held_out, [4, 10], args)
-    assert results["temperature"] == 0.6
+    assert results["temperature"] == 0.6 and tags == ["temperature"] * 4 + ["eval"] * 8
     assert [(call[0], call[3]) for call in calls[:4]] == [(prompts[:2], 4)] * 4
     assert [call[2].mean().exp().item() for call in calls[:4]] == pytest.approx([0.4, 0.6, 0.8, 1.0])
     by_prompt = policy(model.encode(prompts[:2]))
