@@ -265,13 +265,12 @@ def _rank(rewards, chance):
 
 def reshaped_reward(quantile, num_samples, top_k):
     """rhat of "the top_k best of num_samples" at quantile U in [0, 1], any shape. Equation (2)."""
-    u = torch.as_tensor(quantile, dtype=torch.float64)
-    j = torch.arange(top_k, dtype=torch.float64).view(-1, *[1] * u.dim())  # (top_k, 1, ...)
-    others = torch.tensor(num_samples - 1, dtype=torch.float64)
-    # in logarithms: the binomial coefficients overflow
-    terms = (others + 1).lgamma() - (j + 1).lgamma() - (others - j + 1).lgamma()
-    terms = terms + torch.xlogy(others - j, u) + torch.xlogy(j, 1 - u)
-    return terms.logsumexp(0)
+    u, others = torch.as_tensor(quantile, dtype=torch.float64), num_samples - 1
+    rhat = torch.full_like(u, -math.inf)
+    for j in range(top_k):  # in logarithms: the binomial coefficients overflow
+        log_count = math.lgamma(others + 1) - math.lgamma(j + 1) - math.lgamma(others - j + 1)
+        rhat = torch.logaddexp(rhat, log_count + torch.xlogy(others - j, u) + torch.xlogy(j, 1 - u))
+    return rhat
 
 
 def implied_kl(num_samples, top_k):
@@ -288,9 +287,9 @@ def estimated_kl(rewards, rule, *, top_k=1, threshold=None, beta=None, reward_ma
     """KL(accepted || sampled) in nats, of images with their prompts, from a round's rewards (prompts,
     samples). NaN if nothing can be accepted.
 
-    topk and preference: of the rewards, as if every prompt had the round's distribution of them; equation (3)
-    if none tie. threshold: -log of the acceptance rate. exponential: from the acceptance probabilities;
-    without reward_max they depend on the group too, and the value is an upper bound.
+    topk and preference: of the rewards, as if every prompt had the round's distribution of them; of many
+    rewards without ties that is equation (3). threshold: -log of the acceptance rate. exponential: from the
+    acceptance probabilities; without reward_max they depend on the group too: then it is an upper bound.
     """
     if rule in RANKING:
         samples, best = (rewards.shape[1], top_k) if rule == "topk" else (2, 1)

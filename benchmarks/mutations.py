@@ -1,12 +1,13 @@
-"""Do the tests catch wrong equations? Each mutation changes one place of one function in a copy of the
-repository: a sign, an index, a level, a weight, a clamp, a normaliser, who wins a tie. The tests named beside
-it must then fail. Without the change they must pass.
+"""Do the tests catch wrong equations and wrong loops? Each mutation changes one place of one function in a
+copy of the repository: a sign, an index, a level, a weight, a clamp, a normaliser, who wins a tie; or which
+images are trained on, which weights are evaluated, which seeds are used (loop_mutations.py). The tests named
+beside it must then fail. Without the change they must pass.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/mutations.py
      Options: --only WORD  only mutations whose file, function, tests or texts contain the word
               --rest       only those that the stored result lacks, or that survived
               --jobs 2     two at a time
-All take some fifteen minutes on one core. Result: benchmarks/results/mutations.json, in which --only and
+All take about an hour on one core. Result: benchmarks/results/mutations.json, in which --only and
 --rest replace their rows. Exit code 1 if a mutation survives.
 """
 
@@ -27,6 +28,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
+
+from loop_mutations import LOOP_TESTS, LOOPS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "mutations.json"
@@ -88,9 +91,9 @@ TABLE = {
     ],
     ("graft.py", "reshaped_reward", f"{EQUATIONS} -k 'reshaped_reward or quantiles or implied_kl'"): [
         ("torch.xlogy(others - j, u)", "torch.xlogy(others - j + 1, u)"),
-        ("(others - j + 1).lgamma()", "(others - j + 2).lgamma()"),
+        ("math.lgamma(others - j + 1)", "math.lgamma(others - j + 2)"),
         ("torch.xlogy(j, 1 - u)", "(1 - u).log()"),
-        ("torch.arange(top_k,", "torch.arange(top_k + 1,"),
+        ("range(top_k)", "range(top_k + 1)"),
     ],
     ("graft.py", "implied_kl", f"{EQUATIONS} -k implied_kl"): [
         ("- (num_samples - 1) / num_samples", "- num_samples / (num_samples + 1)"),
@@ -561,6 +564,8 @@ TABLE = {
 
 COLUMNS = ("file", "function", "tests", "old", "new")
 MUTATIONS = [(*where, *change) for where, changes in TABLE.items() for change in changes]  # see COLUMNS
+for (_file, _function), _changes in LOOPS.items():
+    MUTATIONS += [(_file, _function, LOOP_TESTS[_file], old, new) for old, new in _changes]
 
 parse = functools.cache(ast.parse)
 clock = count(10**9)  # a new second for every written file: no bytecode of another mutation is used
@@ -669,15 +674,16 @@ def main() -> int:
             free.append(folder)
             return dict(zip(COLUMNS, mutation)) | {"caught_by": failed}
 
-        for test_file in CHEAP_FIRST:
-            part = [m for m in chosen if m[2].startswith(test_file)]
+        for tests in dict.fromkeys([*CHEAP_FIRST, *LOOP_TESTS.values()]):
+            part = [m for m in chosen if m[2] == tests or m[2].startswith(f"{tests} -k")]
             if not part:
                 continue
-            expressions = dict.fromkeys(shlex.split(m[2])[2] for m in part)
-            code, failed = outcome(context, free[0], f'{test_file} -k "({") or (".join(expressions)})"')
+            expressions = dict.fromkeys(shlex.split(m[2])[2] for m in part if m[2] != tests)
+            unchanged = f'{tests} -k "({") or (".join(expressions)})"' if expressions else tests
+            code, failed = outcome(context, free[0], unchanged)
             if code:
                 raise SystemExit(f"{failed} must pass on the unchanged code")
-            print(f"{test_file}: the tests that are used pass on the unchanged code", flush=True)
+            print(f"{tests}: the tests that are used pass on the unchanged code", flush=True)
             for row in pool.map(try_mutation, part):
                 rows[tuple(row[name] for name in COLUMNS)] = row
                 RESULT.write_text(json.dumps([rows[m] for m in MUTATIONS if m in rows], indent=1) + "\n")

@@ -616,3 +616,12 @@ def test_killed_and_resumed(families, prompt_files, tmp_path):
         tmp_path / "killed" / "output.txt"
     ).read_text()
     assert_same_run(tmp_path / "killed" / "run", tmp_path / "complete" / "run")
+
+
+def test_own_defaults_of_a_script(families):
+    """P-GRAFT's probe needs a random sampler for a flow too; PPO's clip is smaller for larger latents."""
+    options = {"model": families["no_t5"], "reward": "jpeg_compressibility", "device": "cpu"}
+    assert graft.prepare(graft.Args(**options))[0].eta == 0.0
+    assert pgraft.prepare(pgraft.Args(**options))[0].eta == 0.5
+    assert noise_ppo.prepare(noise_ppo.Args(**options))[0].clip == 1e-4
+    assert noise_ppo.prepare(noise_ppo.Args())[0].clip == 1e-3

@@ -273,6 +273,235 @@ def test_a_blank_image_gives_nothing(mode, colour):
     assert result.strict is False and result.graded == 0 and result.fit == 0
 
 
+# ---------------------------------------------------------------- the limits of the checker
+
+
+def with_blob(colour, rows=slice(8, 20), columns=slice(8, 20), background=128):
+    """A plain image with a rectangle, as numbers (32, 32, 3)."""
+    pixels = np.full((32, 32, 3), background, np.uint8)
+    pixels[rows, columns] = colour
+    return pixels
+
+
+def found_in(pixels):
+    return find_objects(Image.fromarray(pixels))
+
+
+def test_least_contrast():
+    """A pixel of an object differs by more than 40 in one channel, up or down."""
+    for channel in range(3):
+        for sign in (1, -1):
+            for step, count in ((40, 0), (41, 1)):
+                colour = np.full(3, 128)
+                colour[channel] += sign * step
+                assert len(found_in(with_blob(colour))) == count
+
+
+def test_least_size():
+    red = COLOURS["red"]
+    assert len(found_in(with_blob(red, slice(8, 11), slice(8, 12)))) == 1  # 12 pixels
+    pixels = with_blob(red, slice(8, 11), slice(8, 12))
+    pixels[8, 8] = 128
+    assert found_in(pixels) == []
+
+
+def test_objects_that_touch_at_a_corner_are_two():
+    for corner in (slice(12, 16), slice(4, 8)):
+        pixels = with_blob(COLOURS["red"], slice(8, 12), slice(8, 12))
+        pixels[corner, 12:16] = COLOURS["red"]
+        assert len(found_in(pixels)) == 2
+
+
+def test_winding_objects_are_one():
+    for turns in range(4):
+        pixels = with_blob(128)
+        for row in range(4, 28, 4):  # a snake: right, down, left, down
+            pixels[row, 4:28] = COLOURS["blue"]
+            pixels[row : row + 5, 4 if row % 8 else 27] = COLOURS["blue"]
+        pixels = np.ascontiguousarray(np.rot90(pixels, turns))
+        assert len(found_in(pixels)) == 1
+
+
+def test_background_is_the_median():
+    """Of each channel: neither the mean nor a corner."""
+    pixels = with_blob(COLOURS["yellow"], background=100)
+    pixels[:8] = 130  # a quarter of the image, within the contrast of 100
+    (found,) = found_in(pixels)
+    assert (found.colour, found.shape) == ("yellow", "square")
+    assert len(found_in(with_blob((255, 255, 255), slice(0, 14), slice(0, 32), 64))) == 1
+
+
+def test_largest_distance_from_a_colour():
+    """60 of the median from the named colour."""
+    for colour, channel, sign in (("red", 0, -1), ("green", 2, -1), ("blue", 1, -1), ("yellow", 2, 1)):
+        for step, name in ((60, colour), (61, None)):
+            value = np.array(COLOURS[colour])
+            value[channel] += sign * step
+            (found,) = found_in(with_blob(value, background=240 if colour != "yellow" else 64))
+            assert found.colour == name
+
+
+def test_largest_distance_of_a_pixel_and_least_share():
+    """80 of the pixels in the core from the named colour, for 80 % of them. The core has 10 x 10 pixels."""
+    red = np.array(COLOURS["red"])
+    for step, share, name in ((80, 25, "red"), (81, 25, None), (81, 20, "red"), (81, 21, None)):
+        pixels = with_blob(red)
+        for n in range(share):
+            pixels[9 + n // 10, 9 + n % 10] = red - (step, 0, 0)
+        (found,) = found_in(pixels)
+        assert found.colour == name, (step, share)
+    pixels = with_blob(red)
+    pixels[8, 8:20] = pixels[19, 8:20] = pixels[8:20, 8] = pixels[8:20, 19] = (
+        40,
+        40,
+        40,
+    )  # the rim is not core
+    assert found_in(pixels)[0].colour == "red"
+
+
+def test_colour_is_the_median_of_the_core():
+    """Not the mean. And of an object without a core, of all its pixels."""
+    pixels = with_blob(COLOURS["green"])
+    pixels[9:11, 9:19] = (255, 0, 255)  # 20 of the 100 pixels of the core: the mean is 62 from green
+    assert found_in(pixels)[0].colour == "green"
+    assert found_in(with_blob(COLOURS["blue"], slice(8, 10), slice(8, 16)))[0].colour == "blue"
+
+
+def test_least_overlap():
+    """A shape has a name from 0.7 on. Rectangles from square to long."""
+    overlaps = []
+    for height in range(4, 15):
+        for width in range(height, 28):
+            found = found_in(with_blob(COLOURS["red"], slice(2, 2 + height), slice(2, 2 + width)))[0]
+            assert (found.shape is None) == (found.fit < 0.7)
+            overlaps.append(found.fit)
+    assert any(0.7 <= o < 0.72 for o in overlaps) and any(0.68 < o < 0.7 for o in overlaps)
+
+
+def test_overlap_of_a_square_that_is_not_one():
+    """Of a rectangle with a square of its area and centre, written out: intersection over union."""
+    for height, width in ((8, 12), (12, 8), (10, 12)):
+        found = found_in(with_blob(COLOURS["red"], slice(8, 8 + height), slice(8, 8 + width)))[0]
+        assert (found.x, found.y) == pytest.approx((8 + width / 2, 8 + height / 2), abs=1e-6)
+        side = (height * width) ** 0.5
+        common = min(side, height) * min(side, width)
+        assert found.fit == pytest.approx(common / (2 * height * width - common), abs=0.03)
+
+
+def test_objects_beside_each_other_keep_to_themselves():
+    """An object's outline takes no pixels of another of the same colour, but half a pixel around itself."""
+    one, two = ("red", "circle", 8.3, 16.0, 5.4), ("red", "triangle", 22.6, 15.5, 5.4)
+    alone = [find_objects(paint([each], 128))[0] for each in (one, two)]
+    both = sorted(find_objects(paint([one, two], 128)), key=lambda found: found.x)
+    assert [(f.colour, f.shape) for f in both] == [("red", "circle"), ("red", "triangle")]
+    for found, single in zip(both, alone):
+        assert (found.x, found.y, found.fit) == pytest.approx((single.x, single.y, single.fit), abs=1e-9)
+    # places between pixels are read from the partly covered ones
+    assert (both[0].x, both[0].y) == pytest.approx((8.3, 16.0), abs=0.05)
+    # a triangle's centre of gravity is below the middle of its box
+    assert (both[1].x, both[1].y) == pytest.approx((22.6, 15.5 + 0.975 / 3 * 5.4), abs=0.1)
+
+
+def test_largest_first():
+    radii = {4.0: "red", 6.0: "blue", 5.0: "green"}
+    places = [(6.0, 6.0), (22.0, 8.0), (10.0, 24.0)]
+    objects = [(colour, "circle", *at, radius) for (radius, colour), at in zip(radii.items(), places)]
+    assert [found.colour for found in find_objects(paint(objects, 200))] == ["blue", "green", "red"]
+
+
+def test_the_four_largest_objects_are_read():
+    """A scene of the third and the fourth counts; one that needs the fifth does not."""
+    first, second = ("red", "circle", 5.0, 27.0, 4.0), ("blue", "square", 27.0, 27.0, 3.8)
+    larger = [("yellow", "triangle", x, 6.0, 5.0) for x in (7.0, 25.0)]
+    image = paint([*larger, first, second], 128)
+    assert len(find_objects(image)) == 4
+    assert (
+        check(image, PROMPT).graded == 5 / 6
+        and check(image, "a blue square right of a red circle").graded == 5 / 6
+    )
+    further = ("yellow", "triangle", 16.0, 26.0, 4.6)
+    image = paint([*larger, further, first, second], 128)
+    assert len(find_objects(image)) == 5 and check(image, PROMPT).graded < 5 / 6
+
+
+def test_fit_is_the_mean_over_all_objects():
+    objects = [FIRST, SECOND, ("green", "triangle", 16.0, 5.0, 4.0)]
+    for count in (1, 2, 3):
+        image = paint(objects[:count], 128)
+        fits = [found.fit for found in find_objects(image)]
+        assert len(fits) == count and check(image, PROMPT).fit == pytest.approx(np.mean(fits), abs=1e-12)
+    assert len({round(fit, 6) for fit in fits}) == 3
+
+
+def test_relation_needs_more_along_than_across():
+    """Just flatter than the diagonal is beside, just steeper is above."""
+    for dy, relation in ((11.0, "left of"), (13.0, "above")):
+        image = paint([("red", "circle", 9.0, 9.0, 5.0), ("blue", "circle", 21.0, 9.0 + dy, 5.0)], 128)
+        right = [r for r in RELATIONS if check(image, f"a red circle {r} a blue circle").strict]
+        assert right == [relation]
+
+
+def test_one_object_is_read_as_either():
+    for prompt in (PROMPT, "a blue square left of a red circle"):
+        assert check(paint([FIRST], 128), prompt).graded == pytest.approx(2 / 6)
+        assert check(paint([SECOND], 128), prompt).graded == pytest.approx(2 / 6)
+    # an object is not both of the scene
+    assert check(paint([FIRST], 128), "a red circle left of a red circle").graded == pytest.approx(2 / 6)
+
+
+def test_pixels_are_measured_from_the_named_colour():
+    """Not from the object's own."""
+    red = np.array(COLOURS["red"])
+    for step, name in ((80, "red"), (81, None)):
+        pixels = with_blob(red - (50, 0, 0), background=240)
+        pixels[9:12, 9:19] = red - (step, 0, 0)  # 30 of 100 pixels, at most 31 from the median
+        assert found_in(pixels)[0].colour == name
+
+
+def test_an_off_colour_takes_nothing_from_the_outline():
+    """A pixel counts by its share of the object's own colour."""
+    pure = found_in(with_blob(COLOURS["red"], background=240))[0]
+    for change in ((-50, 0, 0), (0, 50, 0), (20, -30, -30)):
+        found = found_in(with_blob(np.array(COLOURS["red"]) + change, background=240))[0]
+        assert (found.x, found.y, found.fit) == pytest.approx((pure.x, pure.y, pure.fit), abs=1e-9)
+
+
+def test_faint_pixels_at_every_side_count():
+    """A row beside the object that is a quarter covered, too faint to be of it, moves its centre."""
+    for turns in range(4):
+        pixels = with_blob((228, 128, 128))
+        pixels[8:20, 20] = (153, 128, 128)  # 25 of 100
+        (found,) = found_in(np.ascontiguousarray(np.rot90(pixels, turns)))
+        moved = (144 * 14 + 3 * 20.5) / 147 - 14  # 144 whole pixels, 12 quarters
+        # the middle of 8..20 is 14, turned about 16
+        dx, dy = ((-2 + moved, -2), (-2, 2 - moved), (2 - moved, 2), (2, -2 + moved))[turns]
+        assert (found.x, found.y) == pytest.approx((16 + dx, 16 + dy), abs=1e-6)
+
+
+def test_shares_are_between_nothing_and_all():
+    """Pixels stronger than the object's colour count once, those weaker than the ground not at all."""
+    plain = found_in(with_blob((208, 128, 128)))[0]
+    pixels = with_blob((208, 128, 128))
+    pixels[10:12, 10:14] = (250, 128, 128)
+    pixels[8:20, 20] = (98, 128, 128)
+    (found,) = found_in(pixels)
+    assert (found.x, found.y, found.fit) == pytest.approx((plain.x, plain.y, plain.fit), abs=1e-9)
+
+
+def test_larger_images_are_averaged():
+    pixels = np.full((64, 64, 3), 128, np.uint8)
+    pixels[16:40, 16:40:2], pixels[16:40, 17:40:2] = 198, 58
+    assert find_objects(Image.fromarray(pixels)) == []
+
+
+def test_images_of_other_modes_and_sizes():
+    image = paint([FIRST, SECOND], 128)
+    for other in (image.convert("RGBA"), image.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)):
+        for size in (32, 64):
+            assert check(other.resize((size, size), 0), PROMPT).strict
+    assert check(Image.new("LA", (20, 40)), PROMPT).graded == 0
+
+
 # ---------------------------------------------------------------- distortions
 
 
