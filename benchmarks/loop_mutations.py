@@ -114,9 +114,6 @@ LOOPS = {
     ("pgraft.py", "save_switch"): [
         ('"switch": timestep / model.train_timesteps', '"switch": timestep'),
     ],
-    ("pgraft.py", "prepare"): [
-        ("with_family_defaults(args, eta=ETA)", "with_family_defaults(args)"),
-    ],
     ("pgraft.py", "main"): [
         (
             "chosen = [prompts[i] for i in order[: args.probe_prompts]]",

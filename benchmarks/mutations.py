@@ -120,6 +120,9 @@ TABLE = {
         ("alpha_t * noise - sigma_t * x_0", "alpha_t * noise + sigma_t * x_0"),
         ('"epsilon": noise', '"epsilon": x_0'),
     ],
+    ("pgraft.py", "prepare", f"{FAMILIES} -k own_defaults"): [
+        ("with_family_defaults(args, eta=ETA)", "with_family_defaults(args)"),
+    ],
     ("graft.py", "training_target", f"{FAMILIES} -k flow_target"): [("noise - x_0", "x_0 - noise")],
     ("graft.py", "guided_prediction", f"{PIPELINE} -k test_denoising_loss"): [
         ("unconditional + guidance *", "conditional + guidance *"),

@@ -6,6 +6,7 @@ The run folders that evaluate.py reads are written here, not by the scripts: ran
 
 import json
 import math
+import shutil
 import statistics
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 
 import base
+import evaluate
 from conftest import assert_same_images, run_inside
 from test_loop_ddpo import (
     CALLS,
@@ -377,3 +379,20 @@ def test_evaluation_with_everything_changed(folders, files, kind):
     switch = None if kind == "noise_ppo" else 300.0
     wanted = evaluation(folders, kind, switch, names=("second", "first"), **changes)
     assert_evaluated(folders, kind, argv.split(), switch, wanted, files)
+
+
+def test_a_switch_is_known_by_the_arguments_or_by_its_file(folders, files):
+    """Either makes a run one of pgraft.py."""
+    stored = json.loads((folders.root / "graft" / "args.json").read_text())
+    for name, more, kept in (
+        ("file", {}, True),
+        ("argument", {"switch": "0.7"}, False),
+        ("neither", {}, False),
+    ):
+        shutil.copytree(folders.root / "graft", files / name)
+        (files / name / "args.json").write_text(json.dumps(stored | more))
+        if kept:
+            shutil.copy(folders.root / "pgraft" / "pgraft.json", files / name)
+        # the level is given where its file is missing
+        args = evaluate.Args(run=name, switch=0.5 if name == "argument" else None)
+        assert evaluate.read_run(args)[1] == ("graft" if name == "neither" else "pgraft")
