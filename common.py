@@ -556,8 +556,8 @@ def check_flow(name: str) -> tuple[int, int, int]:
 def derived_seed(*key: int | str) -> int:
     """A 63-bit seed that depends on nothing but the key, so that one image or update can be made again alone.
 
-    Keys that differ only by zeros at the end give the same seed. So keys that begin alike have one length in
-    this project (a test lists them all).
+    A key of fewer than four 32-bit words is filled up with zeros, so short keys that differ only by zeros at
+    the end give the same seed. tests/test_seeds.py lists the keys in use and searches for collisions.
     """
     words = [w if isinstance(w, int) else int.from_bytes(w.encode(), "big") for w in key]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
