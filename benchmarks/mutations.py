@@ -148,10 +148,6 @@ TABLE = {
         (".square().mean()", ".abs().mean()"),
         ("model, x_t, t, text", "model, x_0, t, text"),
     ],
-    ("graft.py", "shard_rows", f"{RUN} -k 'shards or accepted_images'"): [
-        ("slice(int(i) - 1,", "slice(int(i),"),
-        ("None, int(n))", "None)"),
-    ],
     ("graft.py", "sampled_row", f"{RUN} -k flat_groups"): [
         ('group = 2 if args.rule == "preference" else args.samples', "group = args.samples"),
         ("groups.amax(2) == groups.amin(2)", "groups.amax(2) != groups.amin(2)"),
