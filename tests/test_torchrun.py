@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from conftest import ROOT, assert_one_line, environment, read_metrics, run_inside
 from several_runs import recorded, struck
-from utils import runs
+from utils import processes, runs
+from utils.processes import gather, own_share, sum_gradients
 
 SHARED = "--device cpu --prompts train.txt --eval_prompts held_out.txt --eval_samples 2 --guidance 1"
 SHARED += " --reward own.py:likes --eval_rewards jpeg_compressibility"
@@ -81,6 +82,50 @@ def assert_close(one, other, bound):
     assert (one - other).norm() <= bound * one.norm()
 
 
+# ---------------------------------------------------------------- sharing, without other processes
+
+
+@pytest.mark.parametrize("size, count", [(1, 3), (2, 7), (3, 7), (3, 2), (4, 0), (8, 9)])
+def test_shares_make_the_whole(monkeypatch, size, count):
+    """Each item is in one share, the shares are as even as can be, and gathered they have their order again."""
+    monkeypatch.setattr(processes, "LAUNCHED", True)
+    monkeypatch.setattr(processes, "SIZE", size)
+    shares = []
+    for rank in range(size):
+        monkeypatch.setattr(processes, "RANK", rank)
+        shares.append(own_share(range(count)))
+        assert own_share(torch.arange(count)).tolist() == list(shares[-1])
+    assert sorted(i for share in shares for i in share) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    made = [[f"made of {i}" for i in share] for share in shares]
+
+    def all_gather_object(everything, mine):
+        assert mine in made
+        everything[:] = made
+
+    monkeypatch.setattr(processes.dist, "all_gather_object", all_gather_object)
+    for mine in made:
+        assert gather(mine) == [f"made of {i}" for i in range(count)]
+
+
+def test_sum_of_gradients(monkeypatch):
+    """Over processes of which one had no image of the batch."""
+    monkeypatch.setattr(processes, "LAUNCHED", True)
+    shapes = ((2, 3), (4,), ())
+    parameters = [[torch.nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(3)]
+    for p in (*parameters[0], *parameters[1]):
+        p.grad = torch.randn(p.shape)
+    expected = [p.grad + q.grad for p, q in zip(*parameters[:2])]
+    sent = []
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda flat: sent.append(flat.clone()))
+    for part, loss in zip(parameters, (1.5, 2.25, 0.0)):
+        sum_gradients(part, loss)
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda flat: flat.copy_(sum(sent)))
+    assert sum_gradients(parameters[2], 0.0) == 3.75
+    for p, gradient in zip(parameters[2], expected, strict=True):
+        assert p.grad.shape == gradient.shape and torch.allclose(p.grad, gradient, atol=1e-6)
+
+
 # ---------------------------------------------------------------- as in one process
 
 
@@ -115,10 +160,10 @@ def test_updates(finished, name):
     alone = torch.load(finished / "alone" / f"{name}_0.pt")
     three = [torch.load(finished / "three" / f"{name}_{rank}.pt") for rank in range(3)]
     assert len(alone) == len(three[0]) >= 2
-    for (weights, gradients), (others_weights, others_gradients) in zip(alone[:1], three[0][:1]):
-        assert torch.equal(weights, others_weights)
-        assert_close(gradients, others_gradients, 1e-5)
-    assert_close(alone[1][0], three[0][1][0], 1e-5)
+    (weights, gradients), (other_weights, other_gradients) = alone[0], three[0][0]
+    assert torch.equal(weights, other_weights)
+    assert_close(gradients, other_gradients, 1e-5)
+    assert_close(alone[1][0], three[0][1][0], 1e-5)  # after the first update
     for steps in zip(*three, strict=True):
         for vectors in zip(*steps):
             assert all(torch.equal(vectors[0], vector) for vector in vectors) and vectors[0].isfinite().all()
