@@ -87,7 +87,7 @@ def assert_close(one, other, bound):
 
 @pytest.mark.parametrize("size, count", [(1, 3), (2, 7), (3, 7), (3, 2), (4, 0), (8, 9)])
 def test_shares_make_the_whole(monkeypatch, size, count):
-    """Each item is in one share, the shares are as even as can be, and gathered they have their order again."""
+    """Each item is in one share, shares are as even as can be, and gathered they have their order again."""
     monkeypatch.setattr(processes, "LAUNCHED", True)
     monkeypatch.setattr(processes, "SIZE", size)
     shares = []
