@@ -14,10 +14,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import common
+from common import check_device
 from conftest import ROOT, assert_one_line, environment, read_metrics, run_inside
 from several_runs import recorded, struck
 from utils import processes, runs
 from utils.processes import gather, own_share, sum_gradients
+from utils.runs import InputError
 
 SHARED = "--device cpu --prompts train.txt --eval_prompts held_out.txt --eval_samples 2 --guidance 1"
 SHARED += " --reward own.py:likes --eval_rewards jpeg_compressibility"
@@ -265,6 +268,17 @@ def test_an_error_of_all_is_printed_once(cwd, tiny_v):
     run["argv"] += ["--micro_batch", "5"]
     assert_ends(torchrun(2, cwd, [run]), "error: --micro_batch 5: must divide --batch 7")
     assert not (cwd / "nothing").exists()
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(common, "LOCAL_SIZE", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        InputError, match="^--nproc_per_node 3: this machine has 2 CUDA devices; start as many"
+    ):
+        check_device("auto", "float32")
+    assert check_device("cpu", "float32") == "cpu"
 
 
 def test_a_script_of_one_process_is_refused(cwd, monkeypatch):
