@@ -114,6 +114,7 @@ def test_shares_make_the_whole(monkeypatch, size, count):
 def test_sum_of_gradients(monkeypatch):
     """Over processes of which one had no image of the batch."""
     monkeypatch.setattr(processes, "LAUNCHED", True)
+    monkeypatch.setattr(processes, "SIZE", 3)
     shapes = ((2, 3), (4,), ())
     parameters = [[torch.nn.Parameter(torch.zeros(shape)) for shape in shapes] for _ in range(3)]
     for p in (*parameters[0], *parameters[1]):
