@@ -788,7 +788,7 @@ def stock_call(model: Model, prompt: str, args, options: str = "") -> str:
     eta, remark = f"eta={args.eta}, ", ""
     if model.prediction_type == "flow":
         eta, remark = "", "# the stock flow is deterministic: not the image of this run\n" if args.eta else ""
-    call = f"pipe({prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, {eta}"
+    call = f"pipe(prompt={prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, {eta}"
     generator = f"generator=torch.Generator().manual_seed({derived_seed('eval', 0, 0)})"
     return f'{remark}{call}{generator}{stock_options(model)}{options}).images[0].save("tuned.png")'
 

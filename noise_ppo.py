@@ -555,7 +555,7 @@ def usage_code(model, folder, prompt, args):
 import sys; sys.path.insert(0, {str(ROOT)!r}); from noise_ppo import NoisePolicy
 policy = NoisePolicy.load({str(folder.resolve())!r}, pipe)
 latents = policy.sample({prompt!r}, torch.Generator().manual_seed({derived_seed("eval", 0, 0)}))
-pipe({prompt!r}, {settings}{callback}).images[0].save("learnt.png")"""
+pipe(prompt={prompt!r}, {settings}{callback}).images[0].save("learnt.png")"""
 
 
 # ================================================================ the run

@@ -1,4 +1,4 @@
-"""SD XL and SD 3, small, of the real classes: samplers, losses, LoRA, switch and noise policy against the
+"""SD XL, SD 3, FLUX.1 and FLUX.2 klein, small, of the real classes: samplers, losses, LoRA, switch and noise policy against the
 stock pipelines."""
 
 import copy
@@ -18,6 +18,7 @@ import noise_ppo
 import pgraft
 from common import LORA_FILE, Model, check_model, derived_seed, draw_noise, read_switch, stock_code
 from conftest import (
+    FLUX_SIZE,
     PROMPTS,
     SEEDS,
     assert_mean,
@@ -35,13 +36,19 @@ from conftest import (
 from flow_steps import GaussianFlow, distribution_of_samples, flow_grpo_step, linear_step, march
 from utils.runs import InputError
 
-KINDS = ("xl", "sd3", "no_t5")
+FLUX = ("flux", "schnell", "klein_base", "klein")
+UNGUIDED = ("schnell", "klein")  # distilled
+KINDS = ("xl", "sd3", "no_t5", *FLUX)
+
+
+def load(families, kind, dtype=torch.float32):
+    return Model(families[kind], "cpu", dtype, kind != "no_t5", **FLUX_SIZE if kind in FLUX else {})
 
 
 @pytest.fixture(scope="module")
 def loaded(families):
     """Base models, for tests that do not change them."""
-    return {kind: Model(families[kind], "cpu", torch.float32, t5=kind != "no_t5") for kind in KINDS}
+    return {kind: load(families, kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +68,14 @@ def ours(model, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=0.0):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize(
-    "kind, eta, steps", [("xl", 0.0, 5), ("xl", 1.0, 4), ("sd3", 0.0, 5), ("no_t5", 0.0, 10)]
+    "kind, eta, steps",
+    [
+        ("xl", 0.0, 5),
+        ("xl", 1.0, 4),
+        ("sd3", 0.0, 5),
+        ("no_t5", 0.0, 10),
+        *((kind, 0.0, 4 if kind in UNGUIDED else 5) for kind in FLUX),
+    ],
 )
 def test_sample_equals_stock_pipeline(loaded, pipelines, kind, eta, steps, guidance):
     expected = stock(pipelines[kind], steps=steps, guidance=guidance, eta=eta)
@@ -73,10 +87,31 @@ def test_sample_equals_stock_pipeline(loaded, pipelines, kind, eta, steps, guida
     assert_same_images(loaded[kind].decode(x), images)
     for change in ({"seeds": [1, 2, 3]}, {"prompts": PROMPTS[::-1]}, {"guidance": 2.0}, {"steps": 3}):
         settings = {"steps": steps, "guidance": guidance, "eta": eta} | change
-        assert difference(ours(loaded[kind], **settings), x) > 1e-2, change
+        gap = difference(ours(loaded[kind], **settings), x)
+        assert gap == 0 if kind in UNGUIDED and "guidance" in change else gap > 1e-2, change
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3"])
+@pytest.mark.parametrize("kind", FLUX)
+def test_grid_and_calls_of_the_stock_pipeline(loaded, pipelines, kind):
+    """The grid is shifted by the image's tokens, of klein also by the number of steps; embedded guidance
+    takes no second prediction."""
+    model, pipeline = loaded[kind], pipelines[kind]
+    for steps in (4, 7):
+        stock(pipeline, steps=steps, guidance=3.0)
+        grid = pipeline.scheduler.timesteps
+        assert model.timesteps(steps) == grid.tolist() and grid[0] == 1000
+        assert torch.allclose(
+            grid / 1000, model.shift * (u := torch.arange(steps, 0, -1) / steps) / (1 + (model.shift - 1) * u)
+        )
+    assert model.shift == pytest.approx({"flux": math.exp(0.45599), "schnell": 1.0}.get(kind, 6.9), rel=0.02)
+    calls = []
+    handle = model.denoiser.register_forward_hook(lambda module, inputs, output: calls.append(len(output[0])))
+    ours(model, guidance=3.0, steps=4)
+    handle.remove()
+    assert calls == [6 if kind == "klein_base" else 3] * 4
+
+
+@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "schnell"])
 def test_states_and_pooled_embedding_both_reach_the_model(loaded, kind):
     model = loaded[kind]
     x, t, text = (
@@ -85,8 +120,8 @@ def test_states_and_pooled_embedding_both_reach_the_model(loaded, kind):
         model.encode(PROMPTS),
     )
     states, pooled = model.split(text)
-    assert states.shape[1] == {"xl": 12, "sd3": 12 + 256}[kind]
-    assert pooled.shape == (3, {"xl": 40, "sd3": 32}[kind])
+    assert states.shape[1] == {"xl": 12, "sd3": 12 + 256, "flux": 512, "schnell": 256}[kind]
+    assert pooled.shape == (3, {"xl": 40, "sd3": 32}.get(kind, 16))
     other = text.clone()
     other[:, model.tokens :] = text.flip(0)[:, model.tokens :]
     swapped = torch.cat([text.flip(0)[:, : model.tokens], text[:, model.tokens :]], 1)
@@ -206,20 +241,23 @@ def test_flow_target():
             assert_mean(rest * test, 0)
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", *FLUX])
 def test_denoising_loss(loaded, kind):
     model = loaded[kind]
     x_0, noise = (torch.randn(3, *model.latent_shape, generator=seeded(i)) for i in (3, 4))
     t, text, scheduler = torch.tensor([20, 300, 999]), model.encode(PROMPTS), model.pipeline.scheduler
-    if kind == "sd3":
+    if kind != "xl":
         t = t.float()
-        scheduler.set_timesteps(sigmas=[0.999, 0.3, 0.02])  # shifted: the grid of the stock noising
+        scheduler.set_timesteps(sigmas=[0.999, 0.3, 0.02], mu=1.0)  # shifted: the grid of the stock noising
         t = scheduler.timesteps.flip(0)
         x_t, target = scheduler.scale_noise(x_0, t, noise), noise - x_0
     else:
         x_t, target = scheduler.add_noise(x_0, noise, t), noise
     states, pooled = model.split(text)
-    if kind == "sd3":
+    guidance = 3.0 if kind == "flux" else 1.0
+    if kind in FLUX:
+        out = flux_velocity(model, x_t, t / 1000, states, pooled, guidance)
+    elif kind == "sd3":
         out = model.denoiser(x_t, timestep=t, encoder_hidden_states=states, pooled_projections=pooled).sample
     else:
         ids = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(3, -1)
@@ -227,11 +265,37 @@ def test_denoising_loss(loaded, kind):
             x_t, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
         ).sample
     expected = (out - target).square().mean()
-    assert graft.denoising_loss(model, x_0, text, t, noise, 1.0).item() == pytest.approx(
+    assert graft.denoising_loss(model, x_0, text, t, noise, guidance).item() == pytest.approx(
         expected.item(), rel=1e-5
     )
-    clean = pgraft.denoising_loss(model, x_0, (1.0, 0.0), text, t, noise, 1.0)
+    clean = pgraft.denoising_loss(model, x_0, (1.0, 0.0), text, t, noise, guidance)
     assert clean.item() == pytest.approx(expected.item(), rel=1e-4)
+    if kind == "flux":
+        assert graft.denoising_loss(model, x_0, text, t, noise, 1.0).item() != pytest.approx(
+            expected.item(), rel=1e-2
+        )
+
+
+def flux_velocity(model, x, sigma, states, pooled, guidance):
+    """The network's output in the layout of x, tokens and positions made by hand. sigma: (batch,)."""
+    n, channels, height, width = x.shape
+    rows = torch.arange(height if model.family.pipeline == "Flux2KleinPipeline" else height // 2)
+    columns = torch.arange(width if model.family.pipeline == "Flux2KleinPipeline" else width // 2)
+    places = torch.cartesian_prod(torch.arange(1), rows, columns)
+    options = {"timestep": sigma, "encoder_hidden_states": states}
+    if model.family.pipeline == "Flux2KleinPipeline":
+        text_ids = torch.nn.functional.pad(torch.arange(states.shape[1])[:, None], (3, 0))
+        options |= {"img_ids": torch.nn.functional.pad(places, (0, 1)), "txt_ids": text_ids}
+        out = model.denoiser(x.flatten(2).transpose(1, 2), **options).sample
+        return out.transpose(1, 2).unflatten(2, (height, width))
+    options |= {"img_ids": places.float(), "txt_ids": torch.zeros(states.shape[1], 3)}
+    options |= {"pooled_projections": pooled}
+    if model.denoiser.config.guidance_embeds:
+        options["guidance"] = torch.tensor([guidance]).expand(n)
+    # a token holds the 2 x 2 numbers of each channel
+    tokens = torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2)
+    out = model.denoiser(tokens, **options).sample
+    return torch.nn.functional.fold(out.transpose(1, 2), (height, width), 2, stride=2)
 
 
 def test_flow_timesteps_to_train_on(loaded, models):
@@ -251,7 +315,7 @@ def test_flow_timesteps_to_train_on(loaded, models):
     assert models["v"].draw_timesteps(50_000, seeded()).min() == 0
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "klein_base"])
 def test_gradient_checkpointing_gives_the_same_gradients(loaded, kind):
     model = with_lora(loaded[kind], "attention")
     randomise(model)
@@ -273,7 +337,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(loaded, kind):
 # ---------------------------------------------------------------- LoRA
 
 
-@pytest.mark.parametrize("kind, targets", [("xl", "all"), ("sd3", "attention"), ("no_t5", "all")])
+@pytest.mark.parametrize(
+    "kind, targets",
+    [
+        ("xl", "all"),
+        ("sd3", "attention"),
+        ("no_t5", "all"),
+        ("flux", "attention"),
+        ("schnell", "all"),
+        ("klein_base", "attention"),
+        ("klein", "all"),
+    ],
+)
 def test_saved_lora_in_the_stock_pipeline(loaded, families, tmp_path, kind, targets):
     model = with_lora(loaded[kind], targets, rank=8, alpha=4)
     assert torch.equal(ours(model), ours(loaded[kind]))
@@ -294,10 +369,17 @@ def test_saved_lora_in_the_stock_pipeline(loaded, families, tmp_path, kind, targ
     assert torch.equal(ours(again), ours(model))
 
 
-def test_lora_reaches_both_streams_of_sd3(loaded):
-    names = set(with_lora(loaded["sd3"], "attention").lora())
-    for layer in common.ATTENTION:
+@pytest.mark.parametrize("kind", ["sd3", *FLUX])
+def test_lora_reaches_both_streams(loaded, kind):
+    names = set(with_lora(loaded[kind], "attention").lora())
+    for layer in loaded[kind].family.attention:
         assert any(f".{layer}." in name for name in names), layer
+    if "klein" in kind:  # the layers of a single stream, which are joint there
+        assert {name.split(".lora_A")[0] for name in names if "single" in name and "lora_A" in name} == {
+            f"single_transformer_blocks.{i}.attn.{layer}"
+            for i in (0, 1)
+            for layer in ("to_qkv_mlp_proj", "to_out")
+        }
 
 
 @pytest.mark.parametrize("kind", ["v", "xl"])
@@ -322,7 +404,7 @@ def test_lora_in_the_format_of_webui(models, loaded, tiny_v, families, tmp_path,
 # ---------------------------------------------------------------- P-GRAFT's switch
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "klein_base", "klein"])
 def test_switch_in_the_stock_pipeline(loaded, families, tmp_path, kind):
     model = with_lora(loaded[kind], "attention")
     randomise(model, 0.5)
@@ -368,7 +450,7 @@ def test_switch_of_another_flow_is_refused(loaded, models, tmp_path):
 # ---------------------------------------------------------------- noise policy
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3", "no_t5"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", "no_t5", *FLUX])
 def test_noise_policy_with_the_stock_pipeline(loaded, pipelines, kind):
     model, pipeline = copy.copy(loaded[kind]), pipelines[kind]
     if kind == "xl":
@@ -377,16 +459,20 @@ def test_noise_policy_with_the_stock_pipeline(loaded, pipelines, kind):
         pipeline, model.pipeline.scheduler = copy.copy(pipeline), scheduler
         pipeline.scheduler = scheduler
     text = noise_ppo.text_features(model, PROMPTS)
-    assert text.shape == (3, 1, {"xl": 40}.get(kind, 32))
+    shapes = {"xl": (1, 40), "flux": (1, 16), "schnell": (1, 16), "klein_base": (512, 48), "klein": (512, 48)}
+    assert text.shape == (3, *shapes.get(kind, (1, 32)))
     policy = noise_ppo.NoisePolicy(*text.shape[1:], model.latent_shape)
     policy.standardise(text)
     torch.nn.init.normal_(policy.head.weight, std=0.2, generator=seeded())
     policy.pipe = pipeline
-    latents = policy.sample(PROMPTS, [torch.Generator().manual_seed(s) for s in SEEDS])
+    given = policy.sample(PROMPTS, [torch.Generator().manual_seed(s) for s in SEEDS])
+    packed = kind in ("flux", "schnell")  # in the form that latents= takes
+    sizes = (*FLUX_SIZE.values(), pipeline.vae_scale_factor)
+    latents = pipeline._unpack_latents(given, *sizes) if packed else given
     mean, log_std = policy(text)
     z = mean + log_std.exp() * draw_noise(SEEDS, 0, model.latent_shape, torch.float32)[0]
     assert torch.allclose(latents, z, atol=1e-5) and difference(z, mean) > 0.1 and mean.std() > 0.05
-    expected = stock(pipeline, steps=4, guidance=3.0, eta=0.0, latents=latents)
+    expected = stock(pipeline, steps=4, guidance=3.0, eta=0.0, latents=given)
     assert difference(noise_ppo.sample(model, z, model.encode(PROMPTS), 4, 3.0), expected) <= 1e-4
 
 
@@ -428,9 +514,9 @@ def test_noise_policy_is_small_beside_the_real_model(kind):
 # ---------------------------------------------------------------- precision and memory
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "klein_base"])
 def test_bfloat16(families, pipelines, kind):
-    model = Model(families[kind], "cpu", torch.bfloat16)
+    model = load(families, kind, torch.bfloat16)
     expected = stock(stock_pipeline(families[kind], torch.bfloat16), guidance=3.0, eta=0.0).float()
     assert (ours(model, guidance=3.0) - expected).square().mean().sqrt() <= 0.1 * expected.std()
     parameters = model.add_lora(4, 8, "attention", seed=0)
@@ -480,13 +566,14 @@ def test_text_encoders_are_on_the_device_only_while_they_encode(families, monkey
 
 
 def test_another_pipeline_is_refused_before_anything_loads(monkeypatch, tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtSigmaPipeline"}')
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, filename: str(tmp_path / filename))
     with pytest.raises(
-        InputError, match="black/flux: is a FluxPipeline; supported: .*XLPipeline, StableDiffusion3Pipeline"
+        InputError,
+        match="pixart/sigma: is a PixArtSigmaPipeline; supported: .*XLPipeline, StableDiffusion3Pipeline",
     ):
-        Model("black/flux", "cpu", torch.float32)
+        Model("pixart/sigma", "cpu", torch.float32)
     monkeypatch.undo()
     with pytest.raises(InputError, match="no/such: cannot be loaded"):
         check_model("no/such")
