@@ -1,5 +1,5 @@
-"""SD XL, SD 3, FLUX.1 and FLUX.2 klein, small, of the real classes: samplers, losses, LoRA, switch and noise policy against the
-stock pipelines."""
+"""SD XL, SD 3, FLUX.1 and FLUX.2 klein, small, of the real classes: samplers, losses, LoRA, switch and noise
+policy against the stock pipelines."""
 
 import copy
 import json
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import graft
 import noise_ppo
 import pgraft
@@ -103,7 +102,7 @@ def test_grid_and_calls_of_the_stock_pipeline(loaded, pipelines, kind):
         assert torch.allclose(
             grid / 1000, model.shift * (u := torch.arange(steps, 0, -1) / steps) / (1 + (model.shift - 1) * u)
         )
-    assert model.shift == pytest.approx({"flux": math.exp(0.45599), "schnell": 1.0}.get(kind, 6.9), rel=0.02)
+    assert model.shift == pytest.approx({"flux": math.exp(0.46208), "schnell": 1.0}.get(kind, 6.9), rel=0.02)
     calls = []
     handle = model.denoiser.register_forward_hook(lambda module, inputs, output: calls.append(len(output[0])))
     ours(model, guidance=3.0, steps=4)
@@ -656,11 +655,16 @@ def arguments(folder, prompt_files, script):
         f"--prompts {prompt_files.train} --eval_prompts {prompt_files.held_out} --model {folder} --device cpu"
     )
     rest = f"--steps 2 --eval_samples 2 --reward jpeg_incompressibility --output run {sizes}"
+    if Path(folder).name in FLUX:
+        rest += " --height 16 --width 32"
     return f"{files} {rest}".split()
 
 
-@pytest.mark.parametrize("script", ["graft.py", "pgraft.py", "noise_ppo.py"])
-@pytest.mark.parametrize("kind", ["xl", "sd3"])
+SCRIPTS = ("graft.py", "pgraft.py", "noise_ppo.py")
+RUNS = [(kind, script) for kind in ("xl", "sd3", "flux", "klein_base") for script in SCRIPTS]
+
+
+@pytest.mark.parametrize("kind, script", [*RUNS, *((kind, "graft.py") for kind in UNGUIDED)])
 def test_complete_run(families, prompt_files, tmp_path, monkeypatch, kind, script):
     from PIL import Image
 
@@ -669,20 +673,22 @@ def test_complete_run(families, prompt_files, tmp_path, monkeypatch, kind, scrip
     code, out, error = run_inside([*argv, "--eval_rewards", "jpeg_compressibility"], script)
     assert code == 0, error
     stored = json.loads(Path("run/args.json").read_text())
-    assert stored["guidance"] == {"xl": 5.0, "sd3": 7.0}[kind]
+    guidance = {"xl": 5.0, "sd3": 7.0, "flux": 3.5, "klein_base": 4.0}
+    assert stored["guidance"] == guidance.get(kind, 1.0)
     assert stored.get("steps") == {"pgraft.py": 4}.get(script, 2)
-    eta = {("sd3", "graft.py"): 0.0, ("sd3", "pgraft.py"): 0.5}.get((kind, script), 1.0)
+    eta = 1.0 if kind == "xl" else {"graft.py": 0.0, "pgraft.py": 0.5}.get(script)
     assert stored.get("eta") == (None if script == "noise_ppo.py" else eta)
     printed = out[out.index("import torch; from diffusers") :]
     names = {"xl": "DDIMScheduler, StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
-    assert f"from diffusers import {names[kind]}\n" in printed
-    assert ("# the stock flow is deterministic" in printed) == ((kind, script) == ("sd3", "pgraft.py"))
+    names |= dict.fromkeys(("flux", "schnell"), "FluxPipeline")
+    assert f"from diffusers import {names.get(kind, 'Flux2KleinPipeline')}\n" in printed
+    assert ("# the stock flow is deterministic" in printed) == (kind != "xl" and script == "pgraft.py")
     exec(printed, {"json": json})
     name = "learnt.png" if script == "noise_ppo.py" else "tuned.png"
     image, shown = Image.open(name), Image.open("run/grid.png")
-    assert image.size == (16, 16) and np.asarray(shown).std() > 0
+    assert image.size == (32 if kind in FLUX else 16, 16) and np.asarray(shown).std() > 0
     if script == "graft.py":
-        model = Model(families[kind], "cpu", torch.float32)
+        model = load(families, kind)
         model.load_lora("run")
         prompt = Path(prompt_files.held_out).read_text().splitlines()[:1]
         x = ours(model, prompt, [derived_seed("eval", 0, 0)], 2, stored["guidance"], stored["eta"])
@@ -703,6 +709,18 @@ def test_killed_and_resumed(families, prompt_files, tmp_path):
         tmp_path / "killed" / "output.txt"
     ).read_text()
     assert_same_run(tmp_path / "killed" / "run", tmp_path / "complete" / "run")
+
+
+def test_what_a_distilled_model_cannot_take(families):
+    for kind, label in (("schnell", "FLUX.1 schnell"), ("klein", "FLUX.2 klein")):
+        options = {"model": families[kind], "reward": "jpeg_compressibility", "device": "cpu"}
+        args = graft.prepare(graft.Args(**options))[0]
+        assert (args.steps, args.guidance) == (4, 1.0)
+        with pytest.raises(InputError, match=f"--guidance 3: {label} takes no guidance; leave it out"):
+            graft.prepare(graft.Args(**options, guidance=3.0))
+    for kind, defaults in (("flux", (28, 3.5)), ("klein_base", (50, 4.0))):
+        args = graft.prepare(graft.Args(**options | {"model": families[kind]}))[0]
+        assert (args.steps, args.guidance) == defaults
 
 
 def test_own_defaults_of_a_script(families):
