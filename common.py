@@ -15,6 +15,7 @@ from typing import Literal
 
 import huggingface_hub as hub
 import numpy as np
+import safetensors
 import torch
 import tyro
 
@@ -23,6 +24,7 @@ from utils.runs import InputError
 ROOT = Path(__file__).resolve().parent
 EMBEDDED = str(ROOT / "shapes" / "pipeline")  # the embedded Stable Diffusion
 LORA_FILE, SWITCH_FILE = "pytorch_lora_weights.safetensors", "pgraft.json"  # what graft.py, pgraft.py leave
+SINGLE_FILES = (".safetensors", ".ckpt")  # of a whole pipeline
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA if there is one
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -107,24 +109,74 @@ def read_config(name: str, file: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def check_model(name: str, config: str = ""):
-    """The family, one of FAMILIES, of a folder or hub id. InputError for another, and for a network that this
-    project does not sample as the stock pipeline does. Reads no weights."""
-    if not is_checkpoint(name):
-        raise InputError(f"--model {name}: no such folder, and no hub id of the form owner/name")
+def is_single_file(name: str) -> bool:
+    """Whether it is one file with the weights of a whole pipeline."""
+    return name.endswith(SINGLE_FILES) and Path(name).is_file()
+
+
+def config_source(name: str, config: str) -> str:
+    """The folder or hub id with the configuration of --model: the model itself, or for a single file
+    --model_config or the one that diffusers takes for such a file. InputError if there is none."""
+    if not is_single_file(name):
+        if config:
+            raise InputError(f"--model_config {config}: is for a single file as --model, not for {name}")
+        if not is_checkpoint(name):
+            raise InputError(f"--model {name}: no such folder or file, and no hub id of the form owner/name")
+        return name
+    if config and not is_checkpoint(config):
+        raise InputError(f"--model_config {config}: no such folder, and no hub id of the form owner/name")
+    if config:
+        return config
+    from diffusers.loaders import single_file_utils
+
     try:
-        class_name = read_config(name, "model_index.json").get("_class_name")
-        family = find_family(class_name, lambda file: read_config(name, file))
-        network = read_config(name, f"{family.part}/config.json") if family else {}
-    except Exception as error:  # no network, no right to it, no pipeline, a damaged file: many kinds
+        kind = single_file_utils.infer_diffusers_model_type(weight_shapes(name))
+    except Exception as error:  # a damaged file, one that only pickle can read: many kinds
         raise InputError(
-            f"--model {name}: cannot be loaded ({error}); give the folder or hub id of a pipeline"
+            f"--model {name}: cannot be read ({error}); give a .safetensors file with the whole pipeline"
         ) from None
+    if "inpaint" in kind:
+        raise InputError(f"--model {name}: is an inpainting model; give the text-to-image model")
+    if kind not in ("v1", "xl_base"):  # SD 2.x predict eps or v: the file does not say which
+        raise InputError(
+            f"--model {name}: its kind ({kind}) does not say how it is sampled; give --model_config, the "
+            "folder or hub id of a pipeline of its kind"
+        )
+    return single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+
+
+def weight_shapes(name: str) -> dict[str, torch.Tensor]:
+    """The weights of a single file, as tensors without content."""
+    if name.endswith(".safetensors"):
+        with safetensors.safe_open(name, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+        return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    state = torch.load(name, map_location="meta", weights_only=True)  # no pickle
+    return state.get("state_dict", state)
+
+
+def check_model(name: str, config: str = ""):
+    """The family, one of FAMILIES, of a folder, hub id or single file. InputError for another, and for a
+    network that this project does not sample as the stock pipeline does. config: --model_config. Loads no
+    weights."""
+    source = config_source(name, config)
+    flag, advice = f"--model {name}", "give the folder or hub id of a pipeline"
+    if source != name:
+        advice = "give as --model_config the folder of a pipeline of its kind"
+    try:
+        class_name = read_config(source, "model_index.json").get("_class_name")
+        family = find_family(class_name, lambda file: read_config(source, file))
+        network = read_config(source, f"{family.part}/config.json") if family else {}
+    except Exception as error:  # no network, no right to it, no pipeline, a damaged file: many kinds
+        of = f"the configuration {source} " if source != name else ""
+        raise InputError(f"{flag}: {of}cannot be loaded ({error}); {advice}") from None
     if not family:
         supported = ", ".join(dict.fromkeys(family.pipeline for family in FAMILIES))
-        raise InputError(f"--model {name}: is a {class_name}; supported: {supported}")
+        raise InputError(f"{flag}: is a {class_name}; supported: {supported}")
+    if source != name and family.flow:
+        raise InputError(f"{flag}: single files are read for SD 1.x, 2.x and XL only; give a folder")
     if problem := family.problem(network):
-        raise InputError(f"--model {name}: {problem}")
+        raise InputError(f"{flag}: {problem}")
     return family
 
 
@@ -248,7 +300,7 @@ class StableDiffusionXL(StableDiffusion):
 
 
 class StableDiffusion3(StableDiffusion):
-    """A flow."""
+    """A flow, by a transformer."""
 
     label, pipeline, part, flow = "SD 3", "StableDiffusion3Pipeline", "transformer", True
     multiple, left_out = 16, {}
@@ -277,6 +329,13 @@ class StableDiffusion3(StableDiffusion):
     def shift(self, m, steps: int) -> float:
         """s of the grid's levels s u / (1 + (s - 1) u), u even."""
         return m.pipeline.scheduler.shift
+
+    def prepare(self, m):
+        config = m.denoiser.config  # its position embedding is cut out of a square table
+        most = config.pos_embed_max_size * config.patch_size * m.pipeline.vae_scale_factor
+        for side in ("height", "width"):
+            if getattr(m, side) > most:
+                raise InputError(f"--{side} {getattr(m, side)}: the model takes at most {most}")
 
     def predict(self, m, x, t, states, pooled, guidance):
         return m.denoiser(x, states, pooled, t.expand(len(x))).sample
@@ -434,6 +493,12 @@ def family_of(pipeline):
 # ---------------------------------------------------------------- a pipeline of one of the families
 
 
+def load_model(args) -> "Model":
+    """The Model that the arguments of a script name."""
+    size = (args.height, args.width)
+    return Model(args.model, args.device, DTYPES[args.dtype], args.t5, *size, args.model_config)
+
+
 def quiet_loading() -> None:
     """Turn off what the libraries print while they load: it would bury the run's settings."""
     for library in ("diffusers", "transformers"):
@@ -442,33 +507,51 @@ def quiet_loading() -> None:
         logging.disable_progress_bar()
 
 
-def load_pipeline(name: str, family, left_out: dict, dtype: torch.dtype):
-    """The stock pipeline in main memory. InputError that names the weights which a part lacks: the libraries
-    would leave them random."""
+def load_pipeline(name: str, family, left_out: dict, dtype: torch.dtype) -> tuple:
+    """(the stock pipeline in main memory, the variant of its files, "fp16" or None). InputError that names
+    the weights which a part lacks: the libraries would leave them random."""
     import diffusers
 
-    parts = dict(left_out)
+    parts, variants = dict(left_out), set()
     for part, value in read_config(name, "model_index.json").items():
         if part in left_out or not isinstance(value, list) or value[0] not in ("diffusers", "transformers"):
             continue
         kind = getattr(importlib.import_module(value[0]), value[1])
         if issubclass(kind, torch.nn.Module):
-            parts[part] = load_part(kind, name, part, dtype)
-    return getattr(diffusers, family.pipeline).from_pretrained(name, dtype=dtype, **parts)
+            parts[part], variant = load_part(kind, name, part, dtype)
+            variants.add(variant)
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(name, dtype=dtype, **parts)
+    return pipeline, "fp16" if "fp16" in variants else None
 
 
-def load_part(kind, name: str, part: str, dtype: torch.dtype):
-    """One network of a pipeline, of the class `kind`; from its fp16 files if there are no others."""
+def load_part(kind, name: str, part: str, dtype: torch.dtype) -> tuple:
+    """(one network of a pipeline, of the class `kind`, the variant of its files): the fp16 files are taken if
+    there are no others."""
+    files = [f.name for f in (Path(name) / part).glob("*") if f.suffix in (".safetensors", ".bin")]
+    only_half = files and all(".fp16" in file for file in files)  # of a hub id: not known yet
     options = {"subfolder": part, "dtype": dtype, "output_loading_info": True}
-    try:
-        module, info = kind.from_pretrained(name, **options)
-    except OSError as error:  # no such files
+    errors = []
+    for variant in ("fp16",) if only_half else (None, "fp16"):
         try:
-            module, info = kind.from_pretrained(name, variant="fp16", **options)
-        except OSError:
-            raise error from None
-    refuse_missing(part, info["missing_keys"])
-    return module
+            module, info = kind.from_pretrained(name, variant=variant, **options)
+        except OSError as error:  # no such files
+            errors.append(error)
+            continue
+        refuse_missing(part, info["missing_keys"])
+        return module, variant
+    raise errors[0]
+
+
+def load_single_file(name: str, source: str, family, dtype: torch.dtype):
+    """The stock pipeline of a file, in main memory. source: the configuration. InputError as in
+    load_pipeline."""
+    import diffusers
+
+    pipeline = getattr(diffusers, family.pipeline).from_single_file(name, config=source, dtype=dtype)
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            refuse_missing(part, [key for key, value in module.state_dict().items() if value.is_meta])
+    return pipeline
 
 
 def refuse_missing(part: str, weights) -> None:
@@ -480,7 +563,7 @@ def refuse_missing(part: str, weights) -> None:
 
 class Model:
     """A loaded pipeline of FAMILIES. Without `t5`, SD 3 loads no third text encoder. height, width: of the
-    images in pixels; None: as the stock call has it."""
+    images in pixels; None: as the stock call has it. config: --model_config, of a single file."""
 
     def __init__(
         self,
@@ -490,16 +573,22 @@ class Model:
         t5: bool = True,
         height: int | None = None,
         width: int | None = None,
+        config: str = "",
     ):
         quiet_loading()
         self.name, self.device, self.dtype = name, device, dtype
         self.text_cache = {}  # prompt: its text condition, in main memory
-        self.family = check_model(name)
+        self.family = check_model(name, config)
+        self.source, self.variant = config_source(name, config), None
         self.part, self.classifier_free = self.family.part, self.family.classifier_free
         self.left_out = {} if t5 else dict.fromkeys(self.family.t5)
         self.resized = bool(height or width)
         try:
-            pipeline = load_pipeline(name, self.family, self.family.left_out | self.left_out, dtype)
+            if self.source != name:
+                pipeline = load_single_file(name, self.source, self.family, dtype)
+            else:
+                left_out = self.family.left_out | self.left_out
+                pipeline, self.variant = load_pipeline(name, self.family, left_out, dtype)
             for module in (m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)):
                 module.eval().requires_grad_(False)
             self.pipeline, self.vae = pipeline, pipeline.vae.to(device)
@@ -510,9 +599,9 @@ class Model:
             self.latent_shape = self.family.latent_shape(pipeline, self.height, self.width)
             # (1, rows, width), kept on the device; a missing tokenizer file shows only now
             self.empty = self.encode([""])
-            self.family.prepare(self)
         except Exception as error:  # a broken folder makes the loaders raise many kinds
             raise InputError(f"--model {name}: cannot be loaded ({error})") from None
+        self.family.prepare(self)
         self.set_scheduler()
         pipeline.set_progress_bar_config(disable=True)
         # decoding a batch of such images at once would need more memory than anything else
@@ -767,8 +856,12 @@ def stock_code(model: Model, scheduler_options: str = "") -> str:
     """Python that loads the model in stock diffusers as `pipe`. scheduler_options: of DDIM."""
     name = str(Path(model.name).resolve()) if Path(model.name).exists() else model.name
     options = f"dtype={model.dtype}" + "".join(f", {key}=None" for key in model.left_out)
-    kind = model.family.pipeline
-    load = f"pipe = {kind}.from_pretrained({name!r}, {options}).to({model.device!r})"
+    options += f", variant={model.variant!r}" if model.variant else ""
+    kind, load = model.family.pipeline, "from_pretrained"
+    if model.source != model.name:
+        source = str(Path(model.source).resolve()) if Path(model.source).exists() else model.source
+        load, options = "from_single_file", f"config={source!r}, {options}"
+    load = f"pipe = {kind}.{load}({name!r}, {options}).to({model.device!r})"
     if model.prediction_type == "flow":
         return f"import torch; from diffusers import {kind}\n{load}"
     return f"""import torch; from diffusers import DDIMScheduler, {kind}

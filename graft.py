@@ -41,12 +41,12 @@ from common import (
     EMBEDDED,
     Device,
     Dtype,
-    Model,
     by_family,
     check_device,
     check_finite,
     derived_seed,
     draw_noise,
+    load_model,
     schedule_prompts,
     stock_call,
     stock_code,
@@ -81,7 +81,8 @@ class Args:
     device: Device = "auto"  # auto: CUDA if there is one
     dtype: Dtype = "float32"  # precision of the frozen model; the LoRA is always float32
 
-    model: str = EMBEDDED  # folder or hub id of a pipeline: Stable Diffusion, FLUX.1, FLUX.2 klein
+    model: str = EMBEDDED  # folder or hub id of a pipeline, or one file: SD 1.x to 3.x, FLUX.1, FLUX.2 klein
+    model_config: str = ""  # folder or hub id of a pipeline with the configuration of a file as --model
     t5: bool = True  # SD 3: load the third text encoder, 10 GB, which reads long prompts better
     height: int | None = None  # of the images in pixels; None: as the stock pipeline has it
     width: int | None = None
@@ -474,7 +475,7 @@ def main(args):
     shard = shard_rows(args.shard)
     if not schedule[0][shard]:
         raise InputError(f"--shard {args.shard}: a round has {len(schedule[0])} prompts; take fewer shards")
-    model = Model(args.model, args.device, DTYPES[args.dtype], args.t5, args.height, args.width)
+    model = load_model(args)
     model.timesteps(args.steps)  # only to refuse numbers of steps that the sampler cannot take
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     if args.gradient_checkpointing:

@@ -39,19 +39,18 @@ import torch
 from tqdm import tqdm
 
 from common import (
-    DTYPES,
     EMBEDDED,
     ROOT,
     SWITCH_FILE,
     Device,
     Dtype,
-    Model,
     by_family,
     check_device,
     check_lora,
     derived_seed,
     draw_noise,
     family_of,
+    load_model,
     read_switch,
     schedule_prompts,
     stock_code,
@@ -95,7 +94,8 @@ class Args:
     device: Device = "auto"  # auto: CUDA if there is one
     dtype: Dtype = "float32"  # precision of the frozen model; the policy is always float32
 
-    model: str = EMBEDDED  # folder or hub id of a pipeline: Stable Diffusion, FLUX.1, FLUX.2 klein
+    model: str = EMBEDDED  # folder or hub id of a pipeline, or one file: SD 1.x to 3.x, FLUX.1, FLUX.2 klein
+    model_config: str = ""  # folder or hub id of a pipeline with the configuration of a file as --model
     t5: bool = True  # SD 3: load the third text encoder, 10 GB, which reads long prompts better
     height: int | None = None  # of the images in pixels; None: as the stock pipeline has it
     width: int | None = None
@@ -586,7 +586,7 @@ def prepare(args):
 def main(args):
     args, prompts, held_out, rewards = prepare(args)
     all_steps = sorted({args.steps, *args.eval_steps})
-    model = Model(args.model, args.device, DTYPES[args.dtype], args.t5, args.height, args.width)
+    model = load_model(args)
     if args.lora:
         model.load_lora(args.lora)
     scheduler, scheduler_options = model.pipeline.scheduler, {}

@@ -54,12 +54,12 @@ from common import (
     SWITCH_FILE,
     Device,
     Dtype,
-    Model,
     by_family,
     check_device,
     check_finite,
     derived_seed,
     draw_noise,
+    load_model,
     schedule_prompts,
     stock_call,
     stock_code,
@@ -100,7 +100,8 @@ class Args:
     device: Device = "auto"  # auto: CUDA if there is one
     dtype: Dtype = "float32"  # precision of the frozen model; the LoRA is always float32
 
-    model: str = EMBEDDED  # folder or hub id of a pipeline: Stable Diffusion, FLUX.1, FLUX.2 klein
+    model: str = EMBEDDED  # folder or hub id of a pipeline, or one file: SD 1.x to 3.x, FLUX.1, FLUX.2 klein
+    model_config: str = ""  # folder or hub id of a pipeline with the configuration of a file as --model
     t5: bool = True  # SD 3: load the third text encoder, 10 GB, which reads long prompts better
     height: int | None = None  # of the images in pixels; None: as the stock pipeline has it
     width: int | None = None
@@ -657,7 +658,7 @@ def prepare(args):
 
 def main(args):
     args, prompts, held_out, rewards = prepare(args)
-    model = Model(args.model, args.device, DTYPES[args.dtype], args.t5, args.height, args.width)
+    model = load_model(args)
     grid = model.timesteps(args.steps)
     # a timestep; None: the probe will say
     switch = None if args.switch == "auto" else float(args.switch) * model.train_timesteps
