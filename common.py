@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 from pathlib import Path
 from typing import Literal
 
@@ -151,7 +152,10 @@ def weight_shapes(name: str) -> dict[str, torch.Tensor]:
         with safetensors.safe_open(name, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
         return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    state = torch.load(name, map_location="meta", weights_only=True)  # no pickle
+    try:
+        state = torch.load(name, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("it needs pickle, which can run any code") from None
     return state.get("state_dict", state)
 
 
@@ -546,12 +550,20 @@ def load_single_file(name: str, source: str, family, dtype: torch.dtype):
     """The stock pipeline of a file, in main memory. source: the configuration. InputError as in
     load_pipeline."""
     import diffusers
+    from diffusers.loaders import single_file_utils
 
-    pipeline = getattr(diffusers, family.pipeline).from_single_file(name, config=source, dtype=dtype)
+    shapes = weight_shapes(name)
+    for part, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
+        config = read_config(source, f"{part}/config.json")
+        with torch.device("meta"):
+            expected = kind.from_config(config).state_dict()
+        convert = getattr(single_file_utils, f"convert_ldm_{part}_checkpoint")
+        refuse_missing(part, expected.keys() - convert(dict(shapes), config=config).keys())
+    pipeline = getattr(diffusers, family.pipeline).from_single_file(name, config=source)
     for part, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
             refuse_missing(part, [key for key, value in module.state_dict().items() if value.is_meta])
-    return pipeline
+    return pipeline.to(dtype)
 
 
 def refuse_missing(part: str, weights) -> None:
