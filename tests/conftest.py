@@ -133,11 +133,11 @@ def small_vae(channels, **options):
     return vae
 
 
-def small_clip(tokenizer, projection):
+def small_clip(tokenizer, projection, width=16):
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "projection_dim": projection}
     return CLIPTextModelWithProjection(CLIPTextConfig(**sizes, **ids))
 
@@ -162,15 +162,16 @@ def small_t5(width):
     return T5EncoderModel(T5Config(**sizes)), tokenizer
 
 
-def build_xl(folder: Path) -> str:
-    """A small SD XL with its scheduler; the pooled embedding is wider than the token states."""
+def build_xl(folder: Path, width: int = 16) -> str:
+    """A small SD XL with its scheduler; the pooled embedding is wider than the token states.
+    width: of the second text encoder's states."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
     with tempfile.TemporaryDirectory() as files:
         tokenizer = make_tokenizer(Path(files))
     torch.manual_seed(0)
-    first, second = CLIPTextModel(small_clip(tokenizer, 16).config), small_clip(tokenizer, 40)
+    first, second = CLIPTextModel(small_clip(tokenizer, 16).config), small_clip(tokenizer, 40, width)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -178,7 +179,7 @@ def build_xl(folder: Path) -> str:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
-        cross_attention_dim=32,
+        cross_attention_dim=16 + width,
         attention_head_dim=(1, 2),
         use_linear_projection=True,
         norm_num_groups=4,

@@ -17,6 +17,7 @@ from conftest import (
     PROMPTS,
     SEEDS,
     assert_one_line,
+    build_xl,
     difference,
     run_inside,
     stock,
@@ -202,7 +203,14 @@ def test_sizes_that_the_model_cannot_take(families, tiny_v):
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
 RESNET |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
 ENDS = {"time_embedding.linear_": "time_embed.", "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0"}
-ENDS |= {"conv_out": "out.2"}
+ENDS |= {"conv_out": "out.2", "add_embedding.linear_": "label_emb.0."}
+OPEN_CLIP = {"self_attn": "attn", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc"}
+OPEN_CLIP |= {
+    "mlp.fc2": "mlp.c_proj",
+    "encoder.layers": "transformer.resblocks",
+    "final_layer_norm": "ln_final",
+}
+OPEN_CLIP |= {"embeddings.position_embedding.weight": "positional_embedding", "embeddings.token": "token"}
 
 
 def original_unet(key, layers, attention):
@@ -238,22 +246,50 @@ def original_vae(key, blocks):
     return re.sub(r"(down|up)samplers\.0", r"\1sample", key)
 
 
-@pytest.fixture(scope="module")
-def single_file(tiny_epsilon, tmp_path_factory):
-    """(a file in the format of the original checkpoints with the weights of a folder, the folder with its
-    configuration alone)."""
-    folder = tmp_path_factory.mktemp("single")
-    source = Path(shutil.copytree(tiny_epsilon, folder / "config"))
-    parts = {part: load_file(weights(source, part)) for part in ("unet", "vae", "text_encoder")}
+def original_open_clip(state):
+    """The weights of XL's second text encoder as OpenCLIP holds them: query, key and value in one."""
+    new = {"text_projection": state.pop("text_projection.weight").T.contiguous()}
+    for key in sorted(state):  # k, q, v
+        name = key.removeprefix("text_model.")
+        for old, other in OPEN_CLIP.items():
+            name = name.replace(old, other)
+        if match := re.match(r"(.*\.attn)\.q_proj\.(weight|bias)", name):
+            joint = [state[key.replace("q_proj", f"{which}_proj")] for which in "qkv"]
+            new[f"{match[1]}.in_proj_{match[2]}"] = torch.cat(joint)
+        elif not re.search("attn.[kv]_proj", name):
+            new[name] = state[key]
+    return new
+
+
+def write_single_file(folder, original, text_encoder):
+    """(a file in the format of the original checkpoints with the weights of the pipeline in the folder
+    `original`, a folder with the configuration alone). text_encoder: the prefix of the first one."""
+    source = Path(shutil.copytree(original, folder / "config"))
+    parts = {file.parent.name: load_file(file) for file in source.glob("*/*.safetensors")}
+    blocks = len(json.loads((source / "vae" / "config.json").read_text())["block_out_channels"])
     state = {f"model.diffusion_model.{original_unet(k, 1, {0})}": v for k, v in parts["unet"].items()}
-    state |= {f"first_stage_model.{original_vae(k, 3)}": v for k, v in parts["vae"].items()}
+    state |= {f"first_stage_model.{original_vae(k, blocks)}": v for k, v in parts["vae"].items()}
     for key, value in parts["text_encoder"].items():
-        key = "text_model." + key.removeprefix("text_model.")
-        state[f"cond_stage_model.transformer.{key}"] = value
+        state[f"{text_encoder}.text_model.{key.removeprefix('text_model.')}"] = value
+    if "text_encoder_2" in parts:
+        second = original_open_clip(parts["text_encoder_2"])
+        state |= {f"conditioner.embedders.1.model.{k}": v for k, v in second.items()}
     for file in source.rglob("*.safetensors"):
         file.unlink()
     save_file(state, folder / "checkpoint.safetensors")
     return folder / "checkpoint.safetensors", source
+
+
+@pytest.fixture(scope="module")
+def single_file(tiny_epsilon, tmp_path_factory):
+    return write_single_file(tmp_path_factory.mktemp("single"), tiny_epsilon, "cond_stage_model.transformer")
+
+
+def test_single_file_of_xl(tmp_path):
+    folder = build_xl(tmp_path / "xl", width=24)
+    file, source = write_single_file(tmp_path, folder, "conditioner.embedders.0.transformer")
+    model = Model(str(file), "cpu", torch.float32, config=str(source))
+    assert torch.equal(ours(model), ours(Model(folder, "cpu", torch.float32)))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
