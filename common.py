@@ -122,7 +122,9 @@ def config_source(name: str, config: str) -> str:
         if config:
             raise InputError(f"--model_config {config}: is for a single file as --model, not for {name}")
         if not is_checkpoint(name):
-            raise InputError(f"--model {name}: no such folder or file, and no hub id of the form owner/name")
+            raise InputError(
+                f"--model {name}: no such folder, no .safetensors file and no hub id of the form owner/name"
+            )
         return name
     if config and not is_checkpoint(config):
         raise InputError(f"--model_config {config}: no such folder, and no hub id of the form owner/name")

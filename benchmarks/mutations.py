@@ -476,9 +476,7 @@ TABLE = {
     ("common.py", "Flux2KleinBase.mu", f"{FAMILIES} -k 'grid_and_calls and klein'"): [
         ("compute_empirical_mu(self.tokens(m), steps)", "compute_empirical_mu(self.tokens(m), 4)"),
     ],
-    ("common.py", "refuse_missing", f"{FOLDERS} -k missing_weight"): [
-        ("if weights :=", "if not (weights :=")
-    ],
+    ("common.py", "refuse_missing", f"{FOLDERS} -k missing_weight"): [("sorted(weights)", "[]")],
     ("common.py", "StableDiffusion.size", f"{FOLDERS} -k size_of"): [
         ("else size\n", "else size[::-1]\n"),
     ],
