@@ -4,7 +4,7 @@ Paper: "Fine-Tuning Diffusion Models via Intermediate Distribution Shaping", arX
 Run: python graft.py
 
 Notation
-    x_t = alpha_t x_0 + sigma_t eps:  alpha_t^2 + sigma_t^2 = 1;  for a flow (SD 3)  alpha_t + sigma_t = 1
+    x_t = alpha_t x_0 + sigma_t eps:  alpha_t^2 + sigma_t^2 = 1;  of flows (SD 3, FLUX)  alpha_t + sigma_t = 1
     c the prompt; p the model that is sampled; r(x, c) the reward
     M samples x_i a prompt; a rule accepts x_i with probability A_i, which does not decrease with r(x_i, c)
     and may depend on the other samples; X and A: one sample and its acceptance probability

@@ -22,7 +22,8 @@ Choices that the paper leaves open
     Steps are spaced "trailing": every number of steps starts at the same noise level, so that the same z
     means the same thing. They divide the training steps, as the stock DDIM step needs. (A flow's steps always
     start at pure noise.)
-    The policy reads the token states, or the pooled embedding where the model has one (SD XL, SD 3).
+    The policy reads the token states, or the pooled embedding where the model has one (SD XL, SD 3, FLUX.1),
+    or the states' mean over the tokens where they are too many (FLUX.2 klein).
     By default only mu is learnt. On validation prompts that gained as much as learning sigma too
     (--no-mean_only), at half the KL.
 """

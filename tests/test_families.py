@@ -495,19 +495,37 @@ REAL = {  # (tokens, width) that the policy reads, latent, denoiser
         (16, 128, 128),
         {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536},
     ),
+    "flux": (1, 768, (16, 128, 128), {"guidance_embeds": True}),
+    "klein": (
+        1,
+        7680,
+        (128, 64, 64),
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", REAL)
 def test_noise_policy_is_small_beside_the_real_model(kind):
-    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+    import diffusers
 
+    names = {"sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
+    names |= {"klein": "Flux2Transformer2DModel"}
     tokens, width, latent, config = REAL[kind]
     with torch.device("meta"):
-        denoiser = (SD3Transformer2DModel if kind == "sd3" else UNet2DConditionModel)(**config)
+        denoiser = getattr(diffusers, names.get(kind, "UNet2DConditionModel"))(**config)
         policy = noise_ppo.NoisePolicy(tokens, width, latent)
     numbers = [sum(p.numel() for p in module.parameters()) for module in (policy, denoiser)]
     assert numbers[1] > 8e8 and numbers[0] / numbers[1] < 0.005
+
+
+def test_what_the_policy_reads():
+    """The pooled embedding, or states of at most 10^5 numbers, or their mean over the tokens."""
+    states, pooled = torch.randn(2, 77, 1024, generator=seeded()), torch.randn(2, 5, generator=seeded(1))
+    assert torch.equal(noise_ppo.policy_input(states, pooled), pooled[:, None])
+    assert torch.equal(noise_ppo.policy_input(states, None), states)
+    states = torch.randn(2, 512, 256, generator=seeded())
+    assert torch.equal(noise_ppo.policy_input(states, None)[:, 0], states.mean(1))
 
 
 # ---------------------------------------------------------------- precision and memory
