@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import graft
-from common import DTYPES, ROOT, Model, check_model, draw_noise, load_model, with_family_defaults
+from common import ROOT, Model, check_model, draw_noise, load_model, with_family_defaults
 from shapes.train import make_tokenizer
 from utils.prompts import TRAIN_PROMPTS, read_prompts
 from utils.runs import InputError, parse_arguments, write_json
@@ -363,9 +363,9 @@ def matrix_rate(device: str, size: int) -> float:
 
 
 def run_graft(argv: list[str], device: str) -> tuple:
-    """Run graft.main with these arguments, watched through its progress bars.
-    Returns (its arguments without gaps, [{phase, seconds of every turn but the first, peak memory}])."""
-    phases = []
+    """Run graft.main with these arguments, watched through its progress bars. Returns (its arguments without
+    gaps, [{phase, seconds of every turn but the first, peak memory}], "ok" or the error that ended it)."""
+    phases, end = [], "ok"
 
     def watched(items, desc, **_):
         if not phases:
@@ -383,41 +383,31 @@ def run_graft(argv: list[str], device: str) -> tuple:
         graft.tqdm = watched
         with contextlib.redirect_stdout(io.StringIO()):
             graft.main(args)
+    except RuntimeError as error:  # of CUDA: what was measured before is kept
+        end = "FAILED: " + " ".join(str(error).split())[:200]
     finally:
         graft.tqdm = bars
-    return args, phases
+    return args, phases, end
 
 
 def count_flops(function, device: str) -> int:
     """FLOPs of function(). torch's counter knows the fused attention of CUDA but not that of the CPU."""
-    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    with (
-        sdpa_kernel([SDPBackend.MATH] if device == "cpu" else fused),
-        FlopCounterMode(display=False) as counter,
-    ):
+    plain = sdpa_kernel([SDPBackend.MATH]) if device == "cpu" else contextlib.nullcontext()
+    with plain, FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
-def flops_of(model: Model, args, device: str) -> dict:
+def flops_of(model: Model, device: str) -> dict:
     """FLOPs of one call of the denoiser, of decoding one image, and of a training step on one image without
-    guidance. The model has a LoRA afterwards."""
+    guidance: about three calls, forward, forward again for the checkpoints, and the gradients of the inputs
+    (the weights are frozen)."""
     x, text = torch.randn(1, *model.latent_shape, device=device), model.encode([""])
     t = model.draw_timesteps(1, torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
         flops = {"call": count_flops(lambda: model.predict(x, t, text), device)}
         flops["decode"] = count_flops(lambda: model.decode(x), device)
-    model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, 0)
-    model.denoiser.enable_gradient_checkpointing()
-
-    def train():
-        with torch.autocast(device, DTYPES[args.dtype]):
-            loss = model.predict(x, t, text).square().mean()
-        loss.backward()
-
-    flops["train"] = count_flops(train, device)
-    flops["lora_parameters"] = sum(p.numel() for p in model.lora().values())
-    return flops
+    return flops | {"train": 3 * flops["call"]}
 
 
 def stock_settings(model: Model, args) -> dict:
@@ -509,11 +499,13 @@ def check_run(argv: list[str], device: str, updates: int, limit: float | None = 
     clean_up()
     torch.cuda.set_per_process_memory_fraction(1.0 if limit is None else min(1.0, limit / total))
     try:
-        _, phases = run_graft([*argv, "--updates", str(updates)], device)
+        _, phases, end = run_graft([*argv, "--updates", str(updates)], device)
     except InputError as error:
         return f"FAILED: {error}"
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    if end != "ok":
+        return end
     return f"ok: {updates} updates, at most {max(p['reserved'] for p in phases):.2f} GB reserved"
 
 
@@ -590,11 +582,13 @@ def measure_folder(name: str, options, rate: float, files: Path) -> dict:
         check("no wait inside the sampler's loop", check_no_wait, model, prompts, args)
     args = with_family_defaults(parse_arguments(graft.Args, argv))
     stock = stock_call(model, prompts, args, device)
-    flops = flops_of(model, args, device)
+    flops = flops_of(model, device)
     del model
     run = [*argv, "--updates", str(options.updates), "--output", str(files / "run")]
-    args, phases = run_graft(run, device)
+    args, phases, checks["the measured run ends"] = run_graft(run, device)
     phases.append(stock)
+    if checks["the measured run ends"] != "ok":
+        return record(family, args, phases, flops, checks, rate)
     check("our images = stock images, float32", check_float32, prompts, args, device)
     if device == "cpu":
         gpu_only = ("no wait inside the sampler's loop", "memory target", "20 updates in float16")
@@ -637,8 +631,7 @@ def show(name: str, record: dict) -> None:
     """Print one family's tables."""
     print(f"\n{name}: graft.py {record['flags']}")
     print(f"  {record['settings']}")
-    call, train = (record["flops"][name] / 1e12 for name in ("call", "train"))
-    print(f"  TFLOP of a call {call:.3g}, with gradient {train:.3g}")
+    print(f"  TFLOP of a call {record['flops']['call'] / 1e12:.3g}")
     print(f"  {'phase':<24}{'allocated GB':>13}{'reserved GB':>13}{'a second':>20}{'of matrix rate':>16}")
     for phase in record["phases"]:
         memory = [
@@ -683,6 +676,8 @@ def main() -> None:
         show(name, result["families"][name])
         print(f"  {time.perf_counter() - start:.0f} s", flush=True)
         write_json(options.out, result)
+        if result["families"][name]["checks"]["the measured run ends"] != "ok":
+            sys.exit("The run did not end well and the device may be unusable: start the rest again.")
 
 
 if __name__ == "__main__":

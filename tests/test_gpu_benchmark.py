@@ -72,7 +72,8 @@ def test_whole_script_on_a_shrunk_model(name, tmp_path):
     assert result["tiny"] and result["device"] == "cpu" and result["matrix_rate_teraflops"] > 0
     record = result["families"][name]
     assert record["settings"]["dtype"] == "bfloat16" and record["settings"]["steps"] == 2
-    assert record["flops"]["train"] > 2 * record["flops"]["call"] > 0 and record["flops"]["decode"] > 0
+    assert record["flops"]["train"] == 3 * record["flops"]["call"] > 0 and record["flops"]["decode"] > 0
+    assert record["checks"].pop("the measured run ends") == "ok"
     phases = {phase["phase"]: phase for phase in record["phases"]}
     assert list(phases) == [
         "load, encode prompts",
@@ -104,16 +105,39 @@ def test_time_for_a_family(tmp_path):
 
 
 def test_families_measured_before_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "measure", lambda name, options, rate: {"of": name})
+    checks = {"the measured run ends": "ok"}
+    monkeypatch.setattr(gpu, "measure", lambda name, options, rate: {"of": name, "checks": checks})
     monkeypatch.setattr(gpu, "show", lambda name, record: None)
     out = tmp_path / "gpu.json"
     for name in ("sd15", "sdxl"):
         monkeypatch.setattr(sys, "argv", f"gpu.py --tiny --device cpu --families {name} --out {out}".split())
         gpu.main()
-    assert json.loads(out.read_text())["families"] == {"sd15": {"of": "sd15"}, "sdxl": {"of": "sdxl"}}
+    stored = json.loads(out.read_text())["families"]
+    assert {name: record["of"] for name, record in stored.items()} == {"sd15": "sd15", "sdxl": "sdxl"}
     out.write_text(json.dumps(json.loads(out.read_text()) | {"device": "another"}))
     gpu.main()
     assert list(json.loads(out.read_text())["families"]) == ["sdxl"]
+
+
+def test_a_run_that_fails_keeps_what_was_measured(tmp_path, monkeypatch):
+    """As after a CUDA error: the phases before it are stored, and no other family is begun."""
+
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal\nmemory access")
+
+    monkeypatch.setattr(graft, "denoising_loss", broken)
+    out = tmp_path / "gpu.json"
+    argv = "--tiny --device cpu --families sd15 sdxl --steps 2 --images 16 --updates 2 --out".split()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *argv, str(out)])
+    with pytest.raises(SystemExit, match="device may be unusable"):
+        gpu.main()
+    families = json.loads(out.read_text())["families"]
+    assert list(families) == ["sd15"]
+    phases = [phase["phase"] for phase in families["sd15"]["phases"]]
+    assert phases == ["load, encode prompts", "evaluate base", "sample 1", "stock pipeline call"]
+    assert families["sd15"]["checks"]["the measured run ends"] == (
+        "FAILED: CUDA error: an illegal memory access"
+    )
 
 
 def test_bad_options(monkeypatch):
