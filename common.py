@@ -10,11 +10,13 @@ import importlib
 import json
 import math
 import os
+import pickle
 from pathlib import Path
 from typing import Literal
 
 import huggingface_hub as hub
 import numpy as np
+import safetensors
 import torch
 import tyro
 
@@ -24,26 +26,14 @@ from utils.runs import InputError
 ROOT = Path(__file__).resolve().parent
 EMBEDDED = str(ROOT / "shapes" / "pipeline")  # the embedded Stable Diffusion
 LORA_FILE, SWITCH_FILE = "pytorch_lora_weights.safetensors", "pgraft.json"  # what graft.py, pgraft.py leave
+SINGLE_FILES = (".safetensors", ".ckpt")  # of a whole pipeline
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA if there is one
 Dtype = Literal["float32", "float16", "bfloat16"]
-FAMILIES = {  # pipeline class: further prompts that its encode_prompt takes
-    "StableDiffusionPipeline": (),  # 1.x, 2.x
-    "StableDiffusionXLPipeline": ("prompt_2",),
-    "StableDiffusion3Pipeline": ("prompt_2", "prompt_3"),
-}
 SHAPES_REWARDS = "shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility"
-FAMILY_DEFAULTS = {  # setting: (embedded model, then FAMILIES); steps and guidance as in the stock call
-    "steps": (10, 50, 50, 28),
-    "guidance": (1.0, 7.5, 5.0, 7.0),
-    "eta": (1.0, 1.0, 1.0, 0.0),
-    "sample_batch": (64, 8, 4, 4),
-    "micro_batch": (64, 2, 1, 1),
-    "lora_targets": ("all", "attention", "attention", "attention"),
-    "lr": (1e-3, 1e-4, 1e-4, 1e-4),
-    "eval_rewards": (SHAPES_REWARDS, *["jpeg_compressibility"] * 3),
-}
-# of SD 1.x, 2.x and XL; then of SD 3's text stream
+EMBEDDED_DEFAULTS = {"steps": 10, "guidance": 1.0, "eta": 1.0, "sample_batch": 64, "micro_batch": 64}
+EMBEDDED_DEFAULTS |= {"lora_targets": "all", "lr": 1e-3, "eval_rewards": SHAPES_REWARDS}
+# attention layers of SD 1.x, 2.x and XL; then of a transformer's text stream
 ATTENTION = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 FLOW_NETWORKS = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}  # folder of a flow: class
 
@@ -53,19 +43,36 @@ FLOW_NETWORKS = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"} 
 
 def by_family(values: str | tuple):
     """For Annotated: --help shows the defaults by model family.
-    values: a key of FAMILY_DEFAULTS or a tuple like there."""
-    own, sd, xl, sd3 = FAMILY_DEFAULTS[values] if isinstance(values, str) else values
-    others = f"others: {sd}" if sd == xl == sd3 else f"SD 1 and 2: {sd}; SD XL: {xl}; SD 3: {sd3}"
+    values: a name of the families' defaults, or (of the embedded model, of other U-Nets, of flows)."""
+    own = EMBEDDED_DEFAULTS[values] if isinstance(values, str) else values[0]
+    labels = {}  # value: the families that have it
+    for family in FAMILIES:
+        labels.setdefault(family_default(family, values), []).append(family.label)
+    others = "; ".join(f"{', '.join(names)}: {value}" for value, names in labels.items())
+    others = f"others: {next(iter(labels))}" if len(labels) == 1 else others
     return tyro.conf.arg(help_behavior_hint=f"(default: {own}; {others})")
+
+
+def family_default(family, values: str | tuple):
+    """A family's default. values: as in by_family."""
+    return family.defaults[values] if isinstance(values, str) else values[1 + family.flow]
 
 
 def with_family_defaults(args, **own_defaults):
     """A copy of args in which settings that are None have their default for the family of --model.
-    own_defaults: the script's own {setting: values}, which go before FAMILY_DEFAULTS. InputError for a model
-    that is not supported."""
-    family = check_model(args.model)
-    column = 0 if Path(args.model).resolve() == Path(EMBEDDED) else 1 + list(FAMILIES).index(family)
-    defaults = {name: values[column] for name, values in (FAMILY_DEFAULTS | own_defaults).items()}
+    own_defaults: the script's own {setting: values}, which go before the families'. InputError for a model
+    that is not supported, and for settings that its family cannot have."""
+    family = check_model(args.model, getattr(args, "model_config", ""))
+    embedded = Path(args.model).resolve() == Path(EMBEDDED)
+    defaults = EMBEDDED_DEFAULTS if embedded else family.defaults
+    for name, values in own_defaults.items():
+        defaults = defaults | {name: values[0] if embedded else family_default(family, values)}
+    if not family.takes_guidance and getattr(args, "guidance", None) not in (None, 1):
+        raise InputError(f"--guidance {args.guidance:g}: {family.label} takes no guidance; leave it out")
+    for side in ("height", "width"):
+        pixels = getattr(args, side, None)
+        if pixels and pixels % family.multiple:
+            raise InputError(f"--{side} {pixels}: must be a multiple of {family.multiple} for {family.label}")
     return dataclasses.replace(
         args, **{n: value for n, value in defaults.items() if getattr(args, n, 0) is None}
     )
@@ -98,29 +105,410 @@ def is_checkpoint(name: str) -> bool:
     return name != "" and (Path(name).is_dir() or hub_id and not Path(name).exists())
 
 
-def check_model(name: str) -> str:
-    """The pipeline class, one of FAMILIES, of a folder or hub id. InputError for another.
-    Reads no weights."""
-    if not is_checkpoint(name):
-        raise InputError(f"--model {name}: no such folder, and no hub id of the form owner/name")
-    index = Path(name) / "model_index.json"
+def read_config(name: str, file: str) -> dict:
+    """A JSON file of a folder or hub id. Many kinds of errors: no network, no right to it, no such file."""
+    path = Path(name) / file
+    if not Path(name).is_dir():
+        # without a network the download would try for half a minute
+        if not hub.try_to_load_from_cache(name, file):
+            hub.get_hf_file_metadata(hub.hf_hub_url(name, file))
+        path = Path(hub.hf_hub_download(name, file))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def is_single_file(name: str) -> bool:
+    """Whether it is one file with the weights of a whole pipeline."""
+    return name.endswith(SINGLE_FILES) and Path(name).is_file()
+
+
+def config_source(name: str, config: str) -> str:
+    """The folder or hub id with the configuration of --model: the model itself, or for a single file
+    --model_config or the one that diffusers takes for such a file. InputError if there is none."""
+    if not is_single_file(name):
+        if config:
+            raise InputError(f"--model_config {config}: is for a single file as --model, not for {name}")
+        if not is_checkpoint(name):
+            raise InputError(
+                f"--model {name}: no such folder, no .safetensors file and no hub id of the form owner/name"
+            )
+        return name
+    if config and not is_checkpoint(config):
+        raise InputError(f"--model_config {config}: no such folder, and no hub id of the form owner/name")
+    if config:
+        return config
+    from diffusers.loaders import single_file_utils
+
     try:
-        if not Path(name).is_dir():
-            # without a network the download would try for half a minute
-            if not hub.try_to_load_from_cache(name, index.name):
-                hub.get_hf_file_metadata(hub.hf_hub_url(name, index.name))
-            index = Path(hub.hf_hub_download(name, index.name))
-        family = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except Exception as error:  # no network, no right to it, no pipeline, a damaged file: many kinds
+        kind = single_file_utils.infer_diffusers_model_type(weight_shapes(name))
+    except Exception as error:  # a damaged file, one that only pickle can read: many kinds
         raise InputError(
-            f"--model {name}: cannot be loaded ({error}); give the folder or hub id of a pipeline"
+            f"--model {name}: cannot be read ({error}); give a .safetensors file with the whole pipeline"
         ) from None
-    if str(family) not in FAMILIES:
-        raise InputError(f"--model {name}: is a {family}; supported: {', '.join(FAMILIES)}")
+    if "inpaint" in kind:
+        raise InputError(f"--model {name}: is an inpainting model; give the text-to-image model")
+    if kind not in ("v1", "xl_base"):  # SD 2.x predict eps or v: the file does not say which
+        raise InputError(
+            f"--model {name}: its kind ({kind}) does not say how it is sampled; give --model_config, the "
+            "folder or hub id of a pipeline of its kind"
+        )
+    return single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+
+
+def weight_shapes(name: str) -> dict[str, torch.Tensor]:
+    """The weights of a single file, as tensors without content."""
+    if name.endswith(".safetensors"):
+        with safetensors.safe_open(name, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+        return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    try:
+        state = torch.load(name, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("it needs pickle, which can run any code") from None
+    return state.get("state_dict", state)
+
+
+def check_model(name: str, config: str = ""):
+    """The family, one of FAMILIES, of a folder, hub id or single file. InputError for another, and for a
+    network that this project does not sample as the stock pipeline does. config: --model_config. Loads no
+    weights."""
+    source = config_source(name, config)
+    flag, advice = f"--model {name}", "give the folder or hub id of a pipeline"
+    if source != name:
+        advice = "give as --model_config the folder of a pipeline of its kind"
+    try:
+        class_name = read_config(source, "model_index.json").get("_class_name")
+        family = find_family(class_name, lambda file: read_config(source, file))
+        network = read_config(source, f"{family.part}/config.json") if family else {}
+    except Exception as error:  # no network, no right to it, no pipeline, a damaged file: many kinds
+        of = f"the configuration {source} " if source != name else ""
+        raise InputError(f"{flag}: {of}cannot be loaded ({error}); {advice}") from None
+    if not family:
+        supported = ", ".join(dict.fromkeys(family.pipeline for family in FAMILIES))
+        raise InputError(f"{flag}: is a {class_name}; supported: {supported}")
+    if source != name and family.flow:
+        raise InputError(f"{flag}: single files are read for SD 1.x, 2.x and XL only; give a folder")
+    if problem := family.problem(network):
+        raise InputError(f"{flag}: {problem}")
     return family
 
 
+# ---------------------------------------------------------------- families
+
+
+class StableDiffusion:
+    """Stable Diffusion 1.x and 2.x. Each further family is a subclass that holds what it does differently.
+
+    It has no state: what belongs to a loaded pipeline is kept by its Model, m.
+    """
+
+    label = "SD 1 and 2"
+    pipeline = "StableDiffusionPipeline"  # its class in diffusers
+    variant = ()  # (file, setting, value) that tells families of one pipeline class apart
+    part = "unet"  # the network that is tuned
+    flow = False  # it predicts the velocity eps - x_0
+    classifier_free = True  # guidance takes a second prediction, for the empty prompt
+    takes_guidance = True
+    multiple = 8  # of pixels that height and width must be
+    left_out = {"safety_checker": None}  # components that are not loaded
+    t5 = ()  # further ones that --no-t5 leaves out
+    further_prompts = ()  # that encode_prompt must be given
+    upcast_vae = False  # with float16 its stock call decodes in float32 if the VAE's configuration says so
+    call = {}  # arguments of the stock call that are not its defaults
+    attention = ATTENTION  # layers of the LoRA
+    # steps and guidance as in the stock call
+    defaults = {"steps": 50, "guidance": 7.5, "eta": 1.0, "sample_batch": 8, "micro_batch": 2}
+    defaults |= {"lora_targets": "attention", "lr": 1e-4, "eval_rewards": "jpeg_compressibility"}
+
+    @staticmethod
+    def problem(config: dict) -> str:
+        """Why a network with this config.json cannot be used; "" if it can."""
+        inputs, outputs = config.get("in_channels"), config.get("out_channels")
+        if inputs != outputs:
+            return (
+                f"its U-Net takes {inputs} channels and gives {outputs}: an inpainting or editing model; "
+                "give the text-to-image model"
+            )
+        if config.get("time_cond_proj_dim") is not None:
+            return (
+                "its U-Net expects guidance embeddings (time_cond_proj_dim): an LCM, which DDIM does not "
+                "sample; give the model that it was distilled from"
+            )
+        return ""
+
+    @staticmethod
+    def scheduler(own, prefix: str):
+        """DDIM with the noise levels of the pipeline's `own` scheduler. InputError for levels of another
+        kind."""
+        from diffusers import DDIMScheduler
+
+        if not hasattr(own, "alphas_cumprod"):
+            raise InputError(f"{prefix}: its {type(own).__name__} has no noise levels that DDIM could use")
+        # latents are unbounded: a scheduler's default clipping to [-1, 1] would be wrong for them
+        scheduler = DDIMScheduler.from_config(own.config, clip_sample=False, thresholding=False)
+        kind = scheduler.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise InputError(f"{prefix}: prediction type {kind}; supported: epsilon, v_prediction")
+        return scheduler
+
+    def set_timesteps(self, m, steps: int) -> None:
+        """Set the scheduler's grid as the stock call does."""
+        m.pipeline.scheduler.set_timesteps(steps)
+
+    @staticmethod
+    def size(pipeline) -> tuple[int, int]:
+        """(height, width) in pixels of the stock call without height and width."""
+        size = getattr(pipeline, "unet", None) or pipeline.transformer
+        size = size.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+
+    @staticmethod
+    def latent_shape(pipeline, height: int, width: int) -> tuple[int, int, int]:
+        """(channels, height, width) of the initial noise."""
+        network, scale = getattr(pipeline, "unet", None) or pipeline.transformer, pipeline.vae_scale_factor
+        return network.config.in_channels, height // scale, width // scale
+
+    def encode(self, pipeline, prompts: list[str], device: str) -> tuple:
+        """(token states (n, tokens, width), pooled embedding (n, width) or None) by the text encoders."""
+        options = dict.fromkeys(self.further_prompts)
+        options |= {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        states, _, *pooled = pipeline.encode_prompt(prompt=prompts, **options)
+        return states, pooled[0] if pooled else None
+
+    def prepare(self, m) -> None:
+        """Make what every prediction takes and what depends on the image's size alone."""
+
+    def predict(self, m, x, t, states, pooled, guidance: float):
+        """The network's output, like x. x: (batch, *latent_shape), t: (batch,) or (), states, pooled: of
+        `encode`; guidance: for networks in which it is embedded."""
+        return m.denoiser(x, t, encoder_hidden_states=states).sample
+
+    def to_vae(self, m, latents):
+        """What the VAE decodes, of clean latents."""
+        config = m.vae.config
+        return latents / config.scaling_factor + (config.shift_factor or 0)
+
+    @staticmethod
+    def stock_latents(pipeline, latents):
+        """What the stock call takes as latents=, of initial noise (batch, *latent_shape)."""
+        return latents
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Its network also takes a pooled embedding and the image's size."""
+
+    label, pipeline, left_out = "SD XL", "StableDiffusionXLPipeline", {}
+    further_prompts, upcast_vae = ("prompt_2",), True
+    defaults = StableDiffusion.defaults | {"guidance": 5.0, "sample_batch": 4, "micro_batch": 1}
+
+    def prepare(self, m):
+        size, width = (m.height, m.width), m.pipeline.text_encoder_2.config.projection_dim
+        ids = m.pipeline._get_add_time_ids(size, (0, 0), size, m.dtype, width)
+        m.time_ids = ids.to(m.device)  # (1, 6) original size, crop corner, target size
+
+    def predict(self, m, x, t, states, pooled, guidance):
+        extra = {"text_embeds": pooled, "time_ids": m.time_ids.expand(len(x), -1)}
+        return m.denoiser(x, t, encoder_hidden_states=states, added_cond_kwargs=extra).sample
+
+
+class StableDiffusion3(StableDiffusion):
+    """A flow, by a transformer."""
+
+    label, pipeline, part, flow = "SD 3", "StableDiffusion3Pipeline", "transformer", True
+    multiple, left_out = 16, {}
+    t5, further_prompts = ("text_encoder_3", "tokenizer_3"), ("prompt_2", "prompt_3")
+    defaults = StableDiffusionXL.defaults | {"steps": 28, "guidance": 7.0, "eta": 0.0}
+    dynamic = False  # whether its stock call shifts the grid by the image's size
+
+    @staticmethod
+    def problem(config):
+        return ""
+
+    def scheduler(self, own, prefix):
+        """The pipeline's own Euler steps. InputError for a scheduler of another kind."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        kind, config = type(own), own.config
+        if kind is not FlowMatchEulerDiscreteScheduler or config.use_dynamic_shifting > self.dynamic:
+            raise InputError(
+                f"{prefix}: its scheduler must be FlowMatchEulerDiscreteScheduler"
+                + ", without dynamic shifting" * (not self.dynamic)
+            )
+        if config.invert_sigmas:
+            raise InputError(f"{prefix}: its scheduler's levels rise (invert_sigmas); they must fall")
+        return own.from_config(config, stochastic_sampling=False)
+
+    def shift(self, m, steps: int) -> float:
+        """s of the grid's levels s u / (1 + (s - 1) u), u even."""
+        return m.pipeline.scheduler.shift
+
+    def prepare(self, m):
+        config = m.denoiser.config  # its position embedding is cut out of a square table
+        most = config.pos_embed_max_size * config.patch_size * m.pipeline.vae_scale_factor
+        for side in ("height", "width"):
+            if getattr(m, side) > most:
+                raise InputError(f"--{side} {getattr(m, side)}: the model takes at most {most}")
+
+    def predict(self, m, x, t, states, pooled, guidance):
+        return m.denoiser(x, states, pooled, t.expand(len(x))).sample
+
+
+class Flux(StableDiffusion3):
+    """Its latents are packed into tokens, its guidance is a number that the network takes."""
+
+    label, pipeline = "FLUX.1 dev", "FluxPipeline"
+    variant = ("transformer/config.json", "guidance_embeds", True)
+    classifier_free, dynamic, t5 = False, True, ()
+    defaults = StableDiffusion3.defaults | {"guidance": 3.5}
+
+    @staticmethod
+    def size(pipeline):
+        return (pipeline.default_sample_size * pipeline.vae_scale_factor,) * 2
+
+    @staticmethod
+    def latent_shape(pipeline, height, width):
+        scale = pipeline.vae_scale_factor
+        return pipeline.transformer.config.in_channels // 4, height // scale, width // scale
+
+    @staticmethod
+    def tokens(m) -> int:
+        """The number of an image's tokens."""
+        return m.latent_shape[1] * m.latent_shape[2] // 4
+
+    def mu(self, m, steps: int) -> float:
+        """What the stock call shifts the grid by."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return calculate_shift(self.tokens(m), *(m.pipeline.scheduler.config[name] for name in names))
+
+    def set_timesteps(self, m, steps):
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+        m.pipeline.scheduler.set_timesteps(sigmas=sigmas, mu=self.mu(m, steps))
+
+    def shift(self, m, steps):
+        scheduler = m.pipeline.scheduler
+        if not scheduler.config.use_dynamic_shifting:
+            return scheduler.shift
+        half = scheduler.time_shift(self.mu(m, steps), 1.0, torch.tensor(0.5, dtype=torch.float64)).item()
+        return half / (1 - half)
+
+    def encode(self, pipeline, prompts, device):
+        states, pooled, _ = pipeline.encode_prompt(prompts, device=device, **self.call)
+        return states, pooled
+
+    def prepare(self, m):
+        states, pooled = m.split(m.empty)
+        options = {"prompt_embeds": states, "pooled_prompt_embeds": pooled, "device": m.device}
+        *_, m.text_ids = m.pipeline.encode_prompt(None, **options)
+        height, width = m.latent_shape[1] // 2, m.latent_shape[2] // 2
+        m.image_ids = m.pipeline._prepare_latent_image_ids(1, height, width, m.device, m.dtype)
+
+    def predict(self, m, x, t, states, pooled, guidance):
+        options = {"timestep": t.expand(len(x)).to(x.dtype) / 1000, "encoder_hidden_states": states}
+        options |= {"pooled_projections": pooled, "txt_ids": m.text_ids, "img_ids": m.image_ids}
+        if m.denoiser.config.guidance_embeds:
+            options["guidance"] = torch.full((len(x),), guidance, device=x.device)
+        out = m.denoiser(self.stock_latents(m.pipeline, x), **options).sample  # (batch, tokens, 4 channels)
+        return m.pipeline._unpack_latents(out, m.height, m.width, m.pipeline.vae_scale_factor)
+
+    @staticmethod
+    def stock_latents(pipeline, latents):
+        return pipeline._pack_latents(latents.contiguous(), *latents.shape)
+
+
+class FluxSchnell(Flux):
+    """Distilled to few steps and without guidance."""
+
+    label, variant = "FLUX.1 schnell", ("transformer/config.json", "guidance_embeds", False)
+    takes_guidance, call = False, {"max_sequence_length": 256}  # as its model card has it
+    defaults = Flux.defaults | {"steps": 4, "guidance": 1.0}
+
+
+class Flux2KleinBase(Flux):
+    """Its latents are patches of 2 x 2, normalised by the VAE's batch norm."""
+
+    label, pipeline = "FLUX.2 klein base", "Flux2KleinPipeline"
+    variant, classifier_free = ("model_index.json", "is_distilled", False), True
+    attention = [*ATTENTION, "to_qkv_mlp_proj", "attn.to_out"]
+    defaults = Flux.defaults | {"steps": 50, "guidance": 4.0}
+
+    @staticmethod
+    def latent_shape(pipeline, height, width):
+        scale = 2 * pipeline.vae_scale_factor
+        return pipeline.transformer.config.in_channels, height // scale, width // scale
+
+    @staticmethod
+    def tokens(m):
+        return m.latent_shape[1] * m.latent_shape[2]
+
+    def mu(self, m, steps):
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        return compute_empirical_mu(self.tokens(m), steps)
+
+    def encode(self, pipeline, prompts, device):
+        return pipeline.encode_prompt(prompts, device=device)[0], None
+
+    def prepare(self, m):
+        pipeline, states = m.pipeline, m.split(m.empty)[0]
+        m.text_ids = pipeline.encode_prompt(None, prompt_embeds=states, device=m.device)[1]
+        m.image_ids = pipeline._prepare_latent_ids(torch.empty(1, *m.latent_shape)).to(m.device)
+
+    def predict(self, m, x, t, states, pooled, guidance):
+        options = {"timestep": t.expand(len(x)).to(x.dtype) / 1000, "encoder_hidden_states": states}
+        options |= {"txt_ids": m.text_ids, "img_ids": m.image_ids}
+        out = m.denoiser(m.pipeline._pack_latents(x), **options).sample  # (batch, tokens, channels)
+        ids = m.image_ids.expand(len(x), -1, -1)
+        return m.pipeline._unpack_latents_with_ids(out, ids, *m.latent_shape[1:])
+
+    def to_vae(self, m, latents):
+        norm, epsilon = m.vae.bn, m.vae.config.batch_norm_eps
+        mean, variance = (v.view(1, -1, 1, 1) for v in (norm.running_mean, norm.running_var))
+        std = torch.sqrt(variance + epsilon).to(latents.device, latents.dtype)
+        return m.pipeline._unpatchify_latents(latents * std + mean.to(latents.device, latents.dtype))
+
+    @staticmethod
+    def stock_latents(pipeline, latents):
+        return latents
+
+
+class Flux2Klein(Flux2KleinBase):
+    """Distilled to few steps and without guidance."""
+
+    label, variant = "FLUX.2 klein", ("model_index.json", "is_distilled", True)
+    classifier_free, takes_guidance = False, False
+    defaults = Flux2KleinBase.defaults | {"steps": 4, "guidance": 1.0}
+
+
+FAMILIES = (StableDiffusion, StableDiffusionXL, StableDiffusion3)
+FAMILIES += (Flux, FluxSchnell, Flux2KleinBase, Flux2Klein)
+
+
+def find_family(class_name: str, read):
+    """The family of a pipeline class; None for another. read: a file of the pipeline -> its dict."""
+    for family in FAMILIES:
+        if family.pipeline == class_name:
+            file, setting, value = family.variant or ("", "", False)
+            if not file or bool(read(file).get(setting)) == value:
+                return family()
+
+
+def family_of(pipeline):
+    """The family of a stock pipeline that is loaded."""
+    configs = {"model_index.json": pipeline.config}
+    if hasattr(pipeline, "transformer"):
+        configs["transformer/config.json"] = pipeline.transformer.config
+    return find_family(type(pipeline).__name__, configs.get)
+
+
 # ---------------------------------------------------------------- a pipeline of one of the families
+
+
+def load_model(args) -> "Model":
+    """The Model that the arguments of a script name."""
+    size = (args.height, args.width)
+    return Model(args.model, args.device, DTYPES[args.dtype], args.t5, *size, args.model_config)
 
 
 def quiet_loading() -> None:
@@ -131,68 +519,128 @@ def quiet_loading() -> None:
         logging.disable_progress_bar()
 
 
+def load_pipeline(name: str, family, left_out: dict, dtype: torch.dtype) -> tuple:
+    """(the stock pipeline in main memory, the variant of its files, "fp16" or None). InputError that names
+    the weights which a part lacks: the libraries would leave them random."""
+    import diffusers
+
+    parts, variants = dict(left_out), set()
+    for part, value in read_config(name, "model_index.json").items():
+        if part in left_out or not isinstance(value, list) or value[0] not in ("diffusers", "transformers"):
+            continue
+        kind = getattr(importlib.import_module(value[0]), value[1])
+        if issubclass(kind, torch.nn.Module):
+            parts[part], variant = load_part(kind, name, part, dtype)
+            variants.add(variant)
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(name, dtype=dtype, **parts)
+    return pipeline, "fp16" if "fp16" in variants else None
+
+
+def load_part(kind, name: str, part: str, dtype: torch.dtype) -> tuple:
+    """(one network of a pipeline, of the class `kind`, the variant of its files): the fp16 files are taken if
+    there are no others."""
+    files = [f.name for f in (Path(name) / part).glob("*") if f.suffix in (".safetensors", ".bin")]
+    only_half = files and all(".fp16" in file for file in files)  # of a hub id: not known yet
+    options = {"subfolder": part, "dtype": dtype, "output_loading_info": True}
+    errors = []
+    for variant in ("fp16",) if only_half else (None, "fp16"):
+        try:
+            module, info = kind.from_pretrained(name, variant=variant, **options)
+        except OSError as error:  # no such files
+            errors.append(error)
+            continue
+        refuse_missing(part, info["missing_keys"])
+        return module, variant
+    raise errors[0]
+
+
+def load_single_file(name: str, source: str, family, dtype: torch.dtype):
+    """The stock pipeline of a file, in main memory. source: the configuration. InputError as in
+    load_pipeline."""
+    import diffusers
+    from diffusers.loaders import single_file_utils
+
+    shapes = weight_shapes(name)
+    for part, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
+        config = read_config(source, f"{part}/config.json")
+        with torch.device("meta"):
+            expected = kind.from_config(config).state_dict()
+        convert = getattr(single_file_utils, f"convert_ldm_{part}_checkpoint")
+        refuse_missing(part, expected.keys() - convert(dict(shapes), config=config).keys())
+    pipeline = getattr(diffusers, family.pipeline).from_single_file(name, config=source)
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            refuse_missing(part, [key for key, value in module.state_dict().items() if value.is_meta])
+    return pipeline.to(dtype)
+
+
+def refuse_missing(part: str, weights) -> None:
+    """InputError if there are any."""
+    if weights := sorted(weights):
+        more = f" and {len(weights) - 3} more" if len(weights) > 3 else ""
+        raise InputError(f"{part} lacks the weights {', '.join(weights[:3])}{more}")
+
+
 class Model:
-    """A loaded pipeline of FAMILIES, and the few calls in which they differ.
-    Without `t5`, SD 3 loads no third text encoder."""
+    """A loaded pipeline of FAMILIES. Without `t5`, SD 3 loads no third text encoder. height, width: of the
+    images in pixels; None: as the stock call has it. config: --model_config, of a single file."""
 
-    def __init__(self, name: str, device: str, dtype: torch.dtype, t5: bool = True):
+    def __init__(
+        self,
+        name: str,
+        device: str,
+        dtype: torch.dtype,
+        t5: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        config: str = "",
+    ):
         quiet_loading()
-        import diffusers
-
         self.name, self.device, self.dtype = name, device, dtype
         self.text_cache = {}  # prompt: its text condition, in main memory
-        self.family = check_model(name)
-        self.part = "transformer" if self.family == "StableDiffusion3Pipeline" else "unet"
-        self.left_out = {} if t5 or self.part == "unet" else {"text_encoder_3": None, "tokenizer_3": None}
-        options = self.left_out | (
-            {"safety_checker": None} if self.family == "StableDiffusionPipeline" else {}
-        )
+        self.family = check_model(name, config)
+        self.source, self.variant = config_source(name, config), None
+        self.part, self.classifier_free = self.family.part, self.family.classifier_free
+        self.left_out = {} if t5 else dict.fromkeys(self.family.t5)
+        self.resized = bool(height or width)
         try:
-            pipeline = getattr(diffusers, self.family).from_pretrained(name, dtype=dtype, **options)
+            if self.source != name:
+                pipeline = load_single_file(name, self.source, self.family, dtype)
+            else:
+                left_out = self.family.left_out | self.left_out
+                pipeline, self.variant = load_pipeline(name, self.family, left_out, dtype)
             for module in (m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)):
                 module.eval().requires_grad_(False)
             self.pipeline, self.vae = pipeline, pipeline.vae.to(device)
             self.denoiser = getattr(pipeline, self.part).to(device)
-            size = self.denoiser.config.sample_size
-            self.latent_shape = (self.denoiser.config.in_channels, size, size)  # (channels, height, width)
+            self.height, self.width = self.family.size(pipeline)
+            self.height, self.width = height or self.height, width or self.width
+            # (channels, height, width)
+            self.latent_shape = self.family.latent_shape(pipeline, self.height, self.width)
             # (1, rows, width), kept on the device; a missing tokenizer file shows only now
             self.empty = self.encode([""])
         except Exception as error:  # a broken folder makes the loaders raise many kinds
             raise InputError(f"--model {name}: cannot be loaded ({error})") from None
+        self.family.prepare(self)
         self.set_scheduler()
         pipeline.set_progress_bar_config(disable=True)
-        if size >= 64:  # decoding a batch of such images at once would need more memory than anything else
+        # decoding a batch of such images at once would need more memory than anything else
+        if max(self.height, self.width) // pipeline.vae_scale_factor >= 64:
             self.vae.enable_slicing()
-        if dtype == torch.float16 and "XL" in self.family and self.vae.config.force_upcast:
+        if dtype == torch.float16 and self.family.upcast_vae and self.vae.config.force_upcast:
             self.vae.float()
 
     def set_scheduler(self) -> None:
         """DDIM with the pipeline's own noise levels, or the flow's Euler steps.
         InputError for levels of another kind."""
-        from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-
-        own, prefix = self.pipeline.scheduler, f"--model {self.name}"
+        own = self.pipeline.scheduler
         self.train_timesteps = own.config.num_train_timesteps
-        if self.part == "transformer":
-            if type(own) is not FlowMatchEulerDiscreteScheduler or own.config.use_dynamic_shifting:
-                raise InputError(
-                    f"{prefix}: its scheduler must be FlowMatchEulerDiscreteScheduler, "
-                    "without dynamic shifting"
-                )
-            self.prediction_type, self.pipeline.scheduler = (
-                "flow",
-                own.from_config(own.config, stochastic_sampling=False),
-            )
+        scheduler = self.pipeline.scheduler = self.family.scheduler(own, f"--model {self.name}")
+        if self.family.flow:
+            self.prediction_type = "flow"
+            self.timesteps(self.family.defaults["steps"])
             return
-        if not hasattr(own, "alphas_cumprod"):
-            raise InputError(f"{prefix}: its {type(own).__name__} has no noise levels that DDIM could use")
-        # latents are unbounded: a scheduler's default clipping to [-1, 1] would be wrong for them
-        scheduler = DDIMScheduler.from_config(own.config, clip_sample=False, thresholding=False)
-        self.prediction_type, self.pipeline.scheduler = scheduler.config.prediction_type, scheduler
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise InputError(
-                f"{prefix}: prediction type {self.prediction_type}; supported: epsilon, v_prediction"
-            )
+        self.prediction_type = scheduler.config.prediction_type
         # (T + 1,), the last is the level after the last step; float64: square roots are exact to float32
         self.alphas_cumprod = torch.cat(
             [scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.view(1)]
@@ -214,13 +662,11 @@ class Model:
         )
         for encoder in encoders:
             encoder.to(self.device)
-        options = dict.fromkeys(FAMILIES[self.family])
-        options |= {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         for part in (new[i : i + 64] for i in range(0, len(new), 64)):
-            states, _, *pooled = self.pipeline.encode_prompt(prompt=part, **options)
-            self.tokens, self.pooled = states.shape[1], pooled[0].shape[1] if pooled else 0
-            if pooled:  # padded with zeros to full rows
-                rows = torch.nn.functional.pad(pooled[0], (0, -self.pooled % states.shape[2]))
+            states, pooled = self.family.encode(self.pipeline, part, self.device)
+            self.tokens, self.pooled = states.shape[1], 0 if pooled is None else pooled.shape[1]
+            if self.pooled:  # padded with zeros to full rows
+                rows = torch.nn.functional.pad(pooled, (0, -self.pooled % states.shape[2]))
                 states = torch.cat([states, rows.unflatten(1, (-1, states.shape[2]))], 1)
             self.text_cache.update(zip(part, states.to("cpu", self.dtype)))
         if "" in new and self.pipeline.config.get("force_zeros_for_empty_prompt"):
@@ -235,25 +681,18 @@ class Model:
             :, : self.pooled
         ] if self.pooled else None
 
-    def predict(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """The model's raw prediction, float32.
-        x: (batch, ...) latents, t: (batch,) or () timesteps, text: as encoded."""
-        (states, pooled), x = self.split(text), x.to(self.dtype)
-        if self.part == "transformer":
-            return self.denoiser(x, states, pooled, t.expand(len(x))).sample.float()
-        extra = {}
-        if pooled is not None:
-            # original size, crop corner, target size; made on the device: no step waits for a transfer
-            ids = x.new_full((len(x), 6), self.latent_shape[1] * self.pipeline.vae_scale_factor)
-            ids[:, 2:4].zero_()
-            extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
-        return self.denoiser(x, t, encoder_hidden_states=states, **extra).sample.float()
+    def predict(
+        self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, guidance: float = 1.0
+    ) -> torch.Tensor:
+        """The model's raw prediction, float32. x: (batch, ...) latents, t: (batch,) or () timesteps, text: as
+        encoded; guidance: of networks in which it is embedded."""
+        return self.family.predict(self, x.to(self.dtype), t, *self.split(text), guidance).float()
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, phase: str = "decode") -> list:
         """PIL images of clean latents (n, ...). InputError, naming the phase, for NaN or Inf."""
-        latents = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
-        pixels = self.vae.decode(latents + (self.vae.config.shift_factor or 0)).sample
+        latents = self.family.to_vae(self, latents.to(self.device, self.vae.dtype))
+        pixels = self.vae.decode(latents).sample
         if not pixels.isfinite().all():
             raise InputError(
                 f"{phase}: NaN or Inf in the images; use --dtype float32 or bfloat16, or a lower --lr"
@@ -264,7 +703,7 @@ class Model:
         """Set the scheduler to `steps` steps; its timesteps, noisy to clean. InputError for as many as in
         training, or where the stock DDIM step would mistake the next one."""
         scheduler, total = self.pipeline.scheduler, self.train_timesteps
-        scheduler.set_timesteps(min(steps, total))
+        self.family.set_timesteps(self, min(steps, total))
         grid, flow = scheduler.timesteps.tolist(), self.prediction_type == "flow"
         if (
             steps >= total
@@ -277,6 +716,8 @@ class Model:
                 )
             spaced = "" if flow else f" and, with {scheduler.config.timestep_spacing!r} spacing, divide them"
             raise InputError(f"--steps {steps}: must be below the model's {total} training steps{spaced}")
+        if flow:
+            self.shift = self.family.shift(self, steps)  # some stock calls shift by the number of steps
         return grid
 
     def alpha_sigma(self, t: float | torch.Tensor) -> tuple:
@@ -299,7 +740,7 @@ class Model:
         above it."""
         if self.prediction_type != "flow":
             return torch.randint(int(above) + 1, self.train_timesteps, (n,), generator=generator)
-        shift = self.pipeline.scheduler.shift
+        shift = self.shift
         sigma = max(above, 0) / self.train_timesteps
         sigma += (1 - sigma) / 1000
         chance = torch.special.ndtr(
@@ -320,13 +761,15 @@ class Model:
         layers = [
             n for n, m in self.denoiser.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))
         ]
-        attention = [n for n in ATTENTION if any(layer.endswith("." + n) for layer in layers)]
+        attention = [n for n in self.family.attention if any(layer.endswith("." + n) for layer in layers)]
         names = {"attention": attention, "all": layers}.get(targets, targets.split(","))
         unknown = [n for n in names if not any(layer == n or layer.endswith("." + n) for layer in layers)]
         if unknown:
             raise InputError(
                 f"--lora_targets {targets}: the model has no linear or convolution layer {unknown[0]!r}"
             )
+        # a name such as attn.to_out may also end the names of modules that are no layers
+        names = [layer for layer in layers if any(layer == n or layer.endswith("." + n) for n in names)]
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian")
         self.denoiser.add_adapter(config)
@@ -435,12 +878,23 @@ def stock_code(model: Model, scheduler_options: str = "") -> str:
     """Python that loads the model in stock diffusers as `pipe`. scheduler_options: of DDIM."""
     name = str(Path(model.name).resolve()) if Path(model.name).exists() else model.name
     options = f"dtype={model.dtype}" + "".join(f", {key}=None" for key in model.left_out)
-    load = f"pipe = {model.family}.from_pretrained({name!r}, {options}).to({model.device!r})"
+    options += f", variant={model.variant!r}" if model.variant else ""
+    kind, load = model.family.pipeline, "from_pretrained"
+    if model.source != model.name:
+        source = str(Path(model.source).resolve()) if Path(model.source).exists() else model.source
+        load, options = "from_single_file", f"config={source!r}, {options}"
+    load = f"pipe = {kind}.{load}({name!r}, {options}).to({model.device!r})"
     if model.prediction_type == "flow":
-        return f"import torch; from diffusers import {model.family}\n{load}"
-    return f"""import torch; from diffusers import DDIMScheduler, {model.family}
+        return f"import torch; from diffusers import {kind}\n{load}"
+    return f"""import torch; from diffusers import DDIMScheduler, {kind}
 {load}
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {scheduler_options}clip_sample=False)"""
+
+
+def stock_options(model: Model) -> str:
+    """Further arguments of the stock call that makes the model's images."""
+    size = {"height": model.height, "width": model.width} if model.resized else {}
+    return "".join(f", {name}={value}" for name, value in (size | model.family.call).items())
 
 
 def stock_call(model: Model, prompt: str, args, options: str = "") -> str:
@@ -449,9 +903,9 @@ def stock_call(model: Model, prompt: str, args, options: str = "") -> str:
     eta, remark = f"eta={args.eta}, ", ""
     if model.prediction_type == "flow":
         eta, remark = "", "# the stock flow is deterministic: not the image of this run\n" if args.eta else ""
-    call = f"pipe({prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, {eta}"
+    call = f"pipe(prompt={prompt!r}, num_inference_steps={args.steps}, guidance_scale={args.guidance}, {eta}"
     generator = f"generator=torch.Generator().manual_seed({derived_seed('eval', 0, 0)})"
-    return f'{remark}{call}{generator}{options}).images[0].save("tuned.png")'
+    return f'{remark}{call}{generator}{stock_options(model)}{options}).images[0].save("tuned.png")'
 
 
 def stock_switch(level: str) -> str:

@@ -4,7 +4,7 @@ Paper: "Fine-Tuning Diffusion Models via Intermediate Distribution Shaping", arX
 Run: python graft.py
 
 Notation
-    x_t = alpha_t x_0 + sigma_t eps:  alpha_t^2 + sigma_t^2 = 1;  for a flow (SD 3)  alpha_t + sigma_t = 1
+    x_t = alpha_t x_0 + sigma_t eps:  alpha_t^2 + sigma_t^2 = 1;  of flows (SD 3, FLUX)  alpha_t + sigma_t = 1
     c the prompt; p the model that is sampled; r(x, c) the reward
     M samples x_i a prompt; a rule accepts x_i with probability A_i, which does not decrease with r(x_i, c)
     and may depend on the other samples; X and A: one sample and its acceptance probability
@@ -41,12 +41,12 @@ from common import (
     EMBEDDED,
     Device,
     Dtype,
-    Model,
     by_family,
     check_device,
     check_finite,
     derived_seed,
     draw_noise,
+    load_model,
     schedule_prompts,
     stock_call,
     stock_code,
@@ -82,8 +82,11 @@ class Args:
     device: Device = "auto"  # auto: CUDA if there is one
     dtype: Dtype = "float32"  # precision of the frozen model; the LoRA is always float32
 
-    model: str = EMBEDDED  # folder or hub id of a Stable Diffusion 1.x, 2.x, XL or 3.x pipeline
+    model: str = EMBEDDED  # folder or hub id of a pipeline, or one file: SD 1.x to 3.x, FLUX.1, FLUX.2 klein
+    model_config: str = ""  # folder or hub id of a pipeline with the configuration of a file as --model
     t5: bool = True  # SD 3: load the third text encoder, 10 GB, which reads long prompts better
+    height: int | None = None  # of the images in pixels; None: as the stock pipeline has it
+    width: int | None = None
     prompts: str = TRAIN_PROMPTS  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts
     eval_samples: int = 4  # images per held-out prompt
@@ -128,6 +131,8 @@ class Args:
         check_range(self, "seed", 0, 2**63 - 1)
         check_range(self, "eval_samples", 2, 10**4)
         check_range(self, "eval_every", 0, 10**9)
+        check_range(self, "height", 8, 10**4)
+        check_range(self, "width", 8, 10**4)
         check_range(self, "steps", 1, 999)
         check_range(self, "guidance", 1, 10**6)
         check_range(self, "eta", 0, 1)
@@ -282,8 +287,8 @@ def training_target(x_0, noise, alpha_t, sigma_t, prediction_type):
 def guided_prediction(model, x, t, text, guidance):
     """The prediction that samples: unconditional + guidance * (conditional - unconditional). x: (batch, c, h,
     w), t: () or (batch,), text: (batch, rows, width)."""
-    if guidance == 1:
-        return model.predict(x, t, text)
+    if guidance == 1 or not model.classifier_free:  # else the network takes guidance as an input, if at all
+        return model.predict(x, t, text, guidance)
     text = torch.cat([model.empty.expand_as(text), text])  # (2 batch, rows, width)
     predictions = model.predict(x.repeat(2, 1, 1, 1), t.expand(len(x)).repeat(2), text)
     unconditional, conditional = predictions.chunk(2)
@@ -455,7 +460,7 @@ def main(args):
     args, prompts, held_out, rewards = prepare(args)
     # the indices of each round's prompts
     schedule = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
-    model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
+    model = load_model(args)
     model.timesteps(args.steps)  # only to refuse numbers of steps that the sampler cannot take
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     if args.gradient_checkpointing:

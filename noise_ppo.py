@@ -22,12 +22,12 @@ Choices that the paper leaves open
     Steps are spaced "trailing": every number of steps starts at the same noise level, so that the same z
     means the same thing. They divide the training steps, as the stock DDIM step needs. (A flow's steps always
     start at pure noise.)
-    The policy reads the token states, or the pooled embedding where the model has one (SD XL, SD 3).
+    The policy reads the token states, or the pooled embedding where the model has one (SD XL, SD 3, FLUX.1),
+    or the states' mean over the tokens where they are too many (FLUX.2 klein).
     By default only mu is learnt. On validation prompts that gained as much as learning sigma too
     (--no-mean_only), at half the KL.
 """
 
-import inspect
 import json
 import math
 import time
@@ -40,21 +40,22 @@ import torch
 from tqdm import tqdm
 
 from common import (
-    DTYPES,
     EMBEDDED,
     ROOT,
     SWITCH_FILE,
     Device,
     Dtype,
-    Model,
     by_family,
     check_device,
     check_lora,
     derived_seed,
     draw_noise,
+    family_of,
+    load_model,
     read_switch,
     schedule_prompts,
     stock_code,
+    stock_options,
     stock_switch,
     with_family_defaults,
 )
@@ -77,8 +78,8 @@ from utils.runs import (
     write_json,
 )
 
-# delta for the embedded model, SD 1 and 2, SD XL, SD 3: smaller for larger latents
-DEFAULT_CLIP = (1e-3, 1e-4, 1e-4, 1e-4)
+# delta for the embedded model, other U-Nets, flows: smaller for larger latents
+DEFAULT_CLIP = (1e-3, 1e-4, 1e-4)
 # two controls: "temperature", noise s eps with the s that is best on training prompts, and "one_for_all", the
 # policy's mu and log sigma averaged over the training prompts
 TEMPERATURES = (0.4, 0.6, 0.8, 1.0)
@@ -95,8 +96,11 @@ class Args:
     device: Device = "auto"  # auto: CUDA if there is one
     dtype: Dtype = "float32"  # precision of the frozen model; the policy is always float32
 
-    model: str = EMBEDDED  # folder or hub id of a Stable Diffusion 1.x, 2.x, XL or 3.x pipeline
+    model: str = EMBEDDED  # folder or hub id of a pipeline, or one file: SD 1.x to 3.x, FLUX.1, FLUX.2 klein
+    model_config: str = ""  # folder or hub id of a pipeline with the configuration of a file as --model
     t5: bool = True  # SD 3: load the third text encoder, 10 GB, which reads long prompts better
+    height: int | None = None  # of the images in pixels; None: as the stock pipeline has it
+    width: int | None = None
     lora: str = ""  # run folder of graft.py or pgraft.py: the frozen model is its tuned one
     switch_timestep: float | None = None  # the LoRA is off from this timestep on; None: pgraft.json's
     prompts: str = TRAIN_PROMPTS  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
@@ -139,6 +143,8 @@ class Args:
         check_range(self, "switch_timestep", -1, 999)
         check_range(self, "eval_samples", 2, 10**4)
         check_range(self, "eval_every", 0, 10**9)
+        check_range(self, "height", 8, 10**4)
+        check_range(self, "width", 8, 10**4)
         check_range(self, "steps", 1, 999)
         check_range(self, "guidance", 1, 10**6)
         check_range(self, "sample_batch", 1, 10**6)
@@ -237,12 +243,20 @@ def policy_statistics(mean, log_std, log_ratio, kl):
 # ================================================================ policy
 
 
+def policy_input(states, pooled):
+    """What the policy reads of a text condition, states (n, tokens, width), pooled (n, width) or None: the
+    pooled embedding (n, 1, width) if there is one; else the states, or their mean over the tokens (n, 1,
+    width) if they are more than 10^5 numbers a prompt."""
+    if pooled is not None:
+        return pooled[:, None]
+    return states if states[0].numel() <= 10**5 else states.mean(1, keepdim=True)
+
+
 def text_features(model, prompts):
-    """What the policy reads: the token states (n, tokens, width), or the pooled embedding (n, 1, width) of
-    the models that have one, whose states are 10^5 to 10^6 numbers a prompt."""
+    """What the policy reads of the prompts, (n, tokens, width)."""
     model.remember(prompts)
     parts = [model.split(model.encode(prompts[i : i + 64])) for i in range(0, len(prompts), 64)]
-    return torch.cat([states if pooled is None else pooled[:, None] for states, pooled in parts])
+    return torch.cat([policy_input(*part) for part in parts])
 
 
 class NoisePolicy(torch.nn.Module):
@@ -299,19 +313,16 @@ class NoisePolicy(torch.nn.Module):
 
     @torch.no_grad()
     def sample(self, prompt, generator=None):
-        """Latents (n, channels, height, width) for a stock pipeline's `latents=`. prompt: a string or a list
-        of n. generator: as there."""
+        """Latents of n images for a stock pipeline's `latents=`. prompt: a string or a list of n.
+        generator: as there."""
         from diffusers.utils.torch_utils import randn_tensor
 
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        parameters = inspect.signature(self.pipe.encode_prompt).parameters
-        options = {name: None for name in ("prompt_2", "prompt_3") if name in parameters}
-        options |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        states, _, *pooled = self.pipe.encode_prompt(prompt=prompts, device=self.pipe.device, **options)
-        text = pooled[0][:, None] if pooled else states
+        family = family_of(self.pipe)
+        text = policy_input(*family.encode(self.pipe, prompts, self.pipe.device))
         eps = randn_tensor((len(prompts), *self.latent_shape), generator, self.pipe.device, text.dtype)
         mean, log_std = self(text)
-        return (mean + log_std.exp() * eps).to(text.dtype)
+        return family.stock_latents(self.pipe, (mean + log_std.exp() * eps).to(text.dtype))
 
     def save(self, folder, settings):
         """Write policy.safetensors and noise_ppo.json;
@@ -336,8 +347,8 @@ class NoisePolicy(torch.nn.Module):
 def guided_prediction(model, x, t, text, guidance):
     """The prediction that samples: unconditional + guidance * (conditional - unconditional). x: (batch, c, h,
     w), t: () or (batch,), text: (batch, rows, width)."""
-    if guidance == 1:
-        return model.predict(x, t, text)
+    if guidance == 1 or not model.classifier_free:  # else the network takes guidance as an input, if at all
+        return model.predict(x, t, text, guidance)
     text = torch.cat([model.empty.expand_as(text), text])  # (2 batch, rows, width)
     predictions = model.predict(x.repeat(2, 1, 1, 1), t.expand(len(x)).repeat(2), text)
     unconditional, conditional = predictions.chunk(2)
@@ -450,16 +461,16 @@ def final_evaluation(model, policy, rewards, prompts, held_out, all_steps, args)
             if steps == args.steps:
                 grid_images[name] = images
         table = paired_table(metrics["standard"], metrics["learnt"], ("standard", "learnt", "gain"))
-        results["by_steps"].append(steps_row(steps, metrics, table, args))
+        results["by_steps"].append(steps_row(model, steps, metrics, table, args))
         if steps == args.steps:
             results["table"] = table
     return results, grid_images
 
 
-def steps_row(steps, metrics, table, args):
+def steps_row(model, steps, metrics, table, args):
     """The final evaluation at one number of steps.
     metrics: {noise: {metric: (prompts,)}}, table: of paired_table."""
-    row = {"steps": steps, "calls": steps * (2 if args.guidance > 1 else 1)}
+    row = {"steps": steps, "calls": steps * (2 if args.guidance > 1 and model.classifier_free else 1)}
     row |= {key: table[0][key] for key in ("standard", "learnt", "gain", "se")}
     row |= {name: means[args.reward].mean().item() for name, means in metrics.items() if name not in row}
     best = {name: values for name, values in metrics["standard"].items() if name.startswith("best_of")}
@@ -544,11 +555,12 @@ def usage_code(model, folder, prompt, args):
         callback = ", callback_on_step_end=base_from_the_switch_on"
         lora += "\n\n" + stock_switch(f"{args.switch_timestep:g}")
     settings = f"latents=latents, num_inference_steps={args.steps}, guidance_scale={args.guidance}"
+    settings += stock_options(model)
     return f"""{stock_code(model, 'timestep_spacing="trailing", ')}{lora}
 import sys; sys.path.insert(0, {str(ROOT)!r}); from noise_ppo import NoisePolicy
 policy = NoisePolicy.load({str(folder.resolve())!r}, pipe)
 latents = policy.sample({prompt!r}, torch.Generator().manual_seed({derived_seed("eval", 0, 0)}))
-pipe({prompt!r}, {settings}{callback}).images[0].save("learnt.png")"""
+pipe(prompt={prompt!r}, {settings}{callback}).images[0].save("learnt.png")"""
 
 
 # ================================================================ the run
@@ -579,7 +591,7 @@ def prepare(args):
 def main(args):
     args, prompts, held_out, rewards = prepare(args)
     all_steps = sorted({args.steps, *args.eval_steps})
-    model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
+    model = load_model(args)
     if args.lora:
         model.load_lora(args.lora)
     scheduler, scheduler_options = model.pipeline.scheduler, {}

@@ -29,14 +29,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import (
-    DTYPES,
     EMBEDDED,
     Device,
-    Model,
     by_family,
     check_device,
     derived_seed,
     draw_noise,
+    load_model,
     schedule_prompts,
     with_family_defaults,
 )
@@ -55,7 +54,8 @@ from utils.runs import (
     write_results,
 )
 
-LEARNING_RATES = (3e-3, 3e-4, 3e-4, 3e-4)  # by family; the embedded model's was chosen on validation prompts
+# embedded model, other U-Nets, flows; the first was chosen on validation prompts
+LEARNING_RATES = (3e-3, 3e-4, 3e-4)
 
 
 @dataclass
@@ -68,8 +68,11 @@ class Args:
     device: Device = "auto"  # auto: CUDA if there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen model; the LoRA is always float32
 
-    model: str = EMBEDDED  # folder or hub id of a Stable Diffusion 1.x, 2.x, XL or 3.x pipeline
+    model: str = EMBEDDED  # folder or hub id of a pipeline, or one file: SD 1.x to 3.x, FLUX.1, FLUX.2 klein
+    model_config: str = ""  # folder or hub id of a pipeline with the configuration of a file as --model
     t5: bool = True  # SD 3: load the third text encoder
+    height: int | None = None  # of the images in pixels; None: as the stock pipeline has it
+    width: int | None = None
     prompts: str = TRAIN_PROMPTS  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts
     eval_samples: int = 4  # images per held-out prompt
@@ -105,6 +108,8 @@ class Args:
         check_range(self, "seed", 0, 2**63 - 1)
         check_range(self, "eval_samples", 2, 10**4)
         check_range(self, "eval_every", 0, 10**9)
+        check_range(self, "height", 8, 10**4)
+        check_range(self, "width", 8, 10**4)
         check_range(self, "steps", 1, 999)
         check_range(self, "guidance", 1, 10**6)
         check_range(self, "eta", 1e-6, 1)
@@ -197,7 +202,7 @@ def prepare(args):
 
 def main(args):
     args, prompts, held_out, rewards = prepare(args)
-    model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
+    model = load_model(args)
     grid = model.timesteps(args.steps)
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)

@@ -22,14 +22,13 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import (
-    DTYPES,
     LORA_FILE,
     SWITCH_FILE,
     Device,
     Dtype,
-    Model,
     check_device,
     check_lora,
+    load_model,
     read_switch,
     stock_call,
     stock_code,
@@ -238,7 +237,7 @@ def main(args):
     check_output(args.output, args.resume)
     settings, method = read_run(args)
     prompts, rewards = read_task(args, settings)
-    model = Model(settings.model, settings.device, DTYPES[settings.dtype], settings.t5)
+    model = load_model(settings)
     if lora := settings.lora if method == "noise_ppo" else args.run:
         model.load_lora(lora)
     policy = load_policy(args.run, model) if method == "noise_ppo" else None

@@ -38,7 +38,7 @@ class GaussianFlow:
         noise = sigma / variance * (x - alpha * self.M)  # E[eps | x]
         return noise - self.M - alpha * self.S**2 / variance * (x - alpha * self.M)
 
-    def predict(self, x, t, text):
+    def predict(self, x, t, text, guidance):
         """As common.Model.predict."""
         return self.velocity(x.double(), t.item() / 1000)
 

@@ -52,8 +52,10 @@ PGRAFT, NOISE = "tests/test_pgraft.py", "tests/test_noise_ppo.py"
 TORCHRUN = "tests/test_torchrun.py"
 INVERSE, FAMILIES = "tests/test_inverse_noise_correction.py", "tests/test_families.py"
 REWARDS, MODELS, DDPO = "tests/test_rewards.py", "tests/test_reward_models.py", "tests/test_ddpo.py"
+FOLDERS = "tests/test_model_folders.py"
 TWO_STEPS = f"{PIPELINE} -k 'test_sample_equals_stock_pipeline and 4'"
-CHEAP_FIRST = (EQUATIONS, REWARDS, DDPO, PIPELINE, INVERSE, NOISE, PGRAFT, MODELS, FAMILIES, RUN, TORCHRUN)
+CHEAP_FIRST = (EQUATIONS, REWARDS, DDPO, PIPELINE, INVERSE, NOISE, PGRAFT, MODELS, FOLDERS, FAMILIES, RUN)
+CHEAP_FIRST += (TORCHRUN,)
 
 # {(file, function, test file and -k): [(old, new)]}; `old` stands once in the function. The blocks that
 # pgraft.py shares with graft.py are compared by a test, so they are changed in graft.py alone.
@@ -323,7 +325,7 @@ TABLE = {
         ("sorted(set(prompts))", "sorted(set(held_out))"),
     ],
     ("noise_ppo.py", "steps_row", f"{NOISE} -k 'other_ways and guidance'"): [
-        ("2 if args.guidance > 1 else 1", "1")
+        ("2 if args.guidance > 1 and model.classifier_free else 1", "1")
     ],
     ("noise_ppo.py", "usage_code", f"{NOISE} -k tuned_model"): [
         ('pipe.load_lora_weights({str(Path(args.lora).resolve())!r})"', '"'),
@@ -475,8 +477,30 @@ TABLE = {
         ("args.grid_power if k == n else 1.0", "args.grid_power"),
     ],
     # ------------------------------------------------------------ models
-    ("common.py", "with_family_defaults", f"{FAMILIES} -k 'complete_run and xl-graft'"): [
-        ("1 + list(FAMILIES).index(family)", "list(FAMILIES).index(family)"),
+    ("common.py", "family_default", f"{FAMILIES} -k own_defaults"): [
+        ("values[1 + family.flow]", "values[2 - family.flow]"),
+    ],
+    ("common.py", "find_family", f"{FAMILIES} -k distilled"): [
+        ("bool(read(file).get(setting)) == value", "bool(read(file).get(setting)) != value"),
+    ],
+    ("common.py", "Flux", f"{FAMILIES} -k 'grid_and_calls and flux'"): [
+        ("m.latent_shape[1] * m.latent_shape[2] // 4", "m.latent_shape[1] * m.latent_shape[2]"),
+        ("np.linspace(1.0, 1 / steps, steps)", "np.linspace(1.0, 0.5 / steps, steps)"),
+        ("return half / (1 - half)", "return half"),
+    ],
+    ("common.py", "Flux.predict", f"{FAMILIES} -k 'test_denoising_loss and flux'"): [
+        ("torch.full((len(x),), guidance", "torch.full((len(x),), 1.0"),
+        ("t.expand(len(x)).to(x.dtype) / 1000", "t.expand(len(x)).to(x.dtype)"),
+    ],
+    ("common.py", "Flux2KleinBase.to_vae", f"{FAMILIES} -k 'equals_stock and klein_base'"): [
+        ("torch.sqrt(variance + epsilon)", "(variance + epsilon)"),
+    ],
+    ("common.py", "Flux2KleinBase.mu", f"{FAMILIES} -k 'grid_and_calls and klein'"): [
+        ("compute_empirical_mu(self.tokens(m), steps)", "compute_empirical_mu(self.tokens(m), 4)"),
+    ],
+    ("common.py", "refuse_missing", f"{FOLDERS} -k missing_weight"): [("sorted(weights)", "[]")],
+    ("common.py", "StableDiffusion.size", f"{FOLDERS} -k size_of"): [
+        ("else size\n", "else size[::-1]\n"),
     ],
     ("common.py", "Model.alpha_sigma", TWO_STEPS): [
         ("abar.sqrt(), (1 - abar).sqrt()", "abar, 1 - abar"),
@@ -496,8 +520,8 @@ TABLE = {
     ("common.py", "Model.split", f"{FAMILIES} -k 'both_reach and sd3'"): [
         ("text[:, self.tokens :].flatten(1)", "text[:, : self.tokens].flatten(1)"),
     ],
-    ("common.py", "Model.decode", TWO_STEPS): [
-        ("/ self.vae.config.scaling_factor", "* self.vae.config.scaling_factor")
+    ("common.py", "StableDiffusion.to_vae", TWO_STEPS): [
+        ("latents / config.scaling_factor", "latents * config.scaling_factor")
     ],
     ("common.py", "Model.add_lora", f"{PIPELINE} -k 'lora'"): [("lora_alpha=alpha", "lora_alpha=rank")],
     ("common.py", "Model.save_lora", f"{PIPELINE} -k saved_lora"): [

@@ -636,6 +636,31 @@ def grain() -> str:
     return table(columns, rows)
 
 
+GPU_LABELS = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1, 768 pixels", "sdxl": "SD XL"}
+GPU_LABELS |= {"sd3": "SD 3 medium without T5", "flux": "FLUX.1", "flux2klein": "FLUX.2 klein 4B"}
+
+
+@part("gpu")
+def gpu() -> str:
+    result, rows = stored("gpu"), []
+    for name, record in result["families"].items():
+        phases, settings = {phase["phase"]: phase for phase in record["phases"]}, record["settings"]
+        peaks = [
+            f"{phases[phase]['allocated']:.1f} ({phases[phase]['reserved']:.1f})"
+            for phase in ("load, encode prompts", "sample 1", "update 1", "stock pipeline call")
+        ]
+        trained = phases["update 1"]["per_second"] * settings["batch"]
+        speeds = [f"{phases[phase]['per_second']:.1f}" for phase in ("sample 1", "stock pipeline call")]
+        equal = record["checks"].get("our images = stock images, bfloat16", "not measured").partition(":")[0]
+        wait = record["checks"].get("no wait inside the sampler's loop", "not measured").partition(":")[0]
+        settings = f"{settings['sample_batch']}, {settings['micro_batch']}, {settings['steps']}"
+        rows.append([GPU_LABELS[name], *peaks, settings, *speeds, f"{trained:.1f}", equal, wait])
+    columns = ["", "load, encode", "sampling", "training", "stock call", "batch, micro-batch, steps"]
+    columns += ["images/s", "of the stock call", "images/s in training", "images = stock", "no wait"]
+    rate = f"{result['matrix_rate_teraflops']:.0f} TFLOP/s of bfloat16 matrix products"
+    return f"{table(columns, rows)}\n\nOn one {result['device']}, torch {result['torch']}, {rate}."
+
+
 @part("faults")
 def survived() -> str:
     return faults.table(stored("faults")["records"])

@@ -40,6 +40,7 @@ PROMPTS = [
 ]
 SEEDS = [11, 12, 13]
 torch.set_num_threads(1)  # the tests run in two processes
+FLUX_SIZE = {"height": 16, "width": 32}  # of the small FLUX pipelines: they know no size of their own
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}  # what the stock loader must be given then
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -132,11 +133,11 @@ def small_vae(channels, **options):
     return vae
 
 
-def small_clip(tokenizer, projection):
+def small_clip(tokenizer, projection, width=16):
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "projection_dim": projection}
     return CLIPTextModelWithProjection(CLIPTextConfig(**sizes, **ids))
 
@@ -161,15 +162,16 @@ def small_t5(width):
     return T5EncoderModel(T5Config(**sizes)), tokenizer
 
 
-def build_xl(folder: Path) -> str:
-    """A small SD XL with its scheduler; the pooled embedding is wider than the token states."""
+def build_xl(folder: Path, width: int = 16) -> str:
+    """A small SD XL with its scheduler; the pooled embedding is wider than the token states.
+    width: of the second text encoder's states."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel
 
     with tempfile.TemporaryDirectory() as files:
         tokenizer = make_tokenizer(Path(files))
     torch.manual_seed(0)
-    first, second = CLIPTextModel(small_clip(tokenizer, 16).config), small_clip(tokenizer, 40)
+    first, second = CLIPTextModel(small_clip(tokenizer, 16).config), small_clip(tokenizer, 40, width)
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
@@ -177,7 +179,7 @@ def build_xl(folder: Path) -> str:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
-        cross_attention_dim=32,
+        cross_attention_dim=16 + width,
         attention_head_dim=(1, 2),
         use_linear_projection=True,
         norm_num_groups=4,
@@ -229,11 +231,104 @@ def build_sd3(folder: Path) -> str:
     return str(folder)
 
 
+def build_flux(folder: Path, guidance_embeds: bool) -> str:
+    """A small FLUX.1 with its scheduler: dev, or without guidance_embeds schnell."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    with tempfile.TemporaryDirectory() as files:
+        tokenizer = make_tokenizer(Path(files))
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 2, 2),
+        guidance_embeds=guidance_embeds,
+    )
+    with torch.no_grad():  # so that images depend on their prompt and on guidance
+        for name, parameter in transformer.named_parameters():
+            parameter *= 3 if any(word in name for word in ("add_", "context", "_embedder", "norm")) else 1
+    clip, (t5, t5_tokenizer) = CLIPTextModel(small_clip(tokenizer, 16).config), small_t5(24)
+    vae = small_vae(
+        4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+    )
+    dynamic = {"shift": 3.0, "use_dynamic_shifting": True} if guidance_embeds else {"shift": 1.0}
+    scheduler = FlowMatchEulerDiscreteScheduler(**dynamic)
+    FluxPipeline(scheduler, vae, clip, tokenizer, t5, t5_tokenizer, transformer).save_pretrained(folder)
+    return str(folder)
+
+
+CHAT = """{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"""
+
+
+def build_klein(folder: Path, is_distilled: bool) -> str:
+    """A small FLUX.2 klein with its scheduler."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = [*map(chr, range(33, 127)), "\u0120"]  # the last is the space
+    vocabulary = {piece: i for i, piece in enumerate([*letters, *special])}
+    tokenizer = Qwen2TokenizerFast(vocab=vocabulary, merges=[], additional_special_tokens=special[1:])
+    tokenizer.chat_template = CHAT
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"vocab_size": len(tokenizer), "num_hidden_layers": 28, "head_dim": 8}  # 9, 18, 27 are read
+    text_encoder = Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True))
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    with torch.no_grad():
+        for name, parameter in text_encoder.named_parameters():
+            parameter *= 3 if "proj" in name else 1
+        for name, parameter in transformer.named_parameters():
+            parameter *= 3 if any(word in name for word in ("add_", "context", "modulation")) else 1
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        mid_block_add_attention=False,
+    )
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 1.5
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    parts = (scheduler, vae, text_encoder, tokenizer, transformer)
+    Flux2KleinPipeline(*parts, is_distilled=is_distilled).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def families(tmp_path_factory) -> dict[str, str]:
-    """Folders of small pipelines: "xl", "sd3" and "no_t5", an SD 3 without its third text encoder."""
+    """Folders of small pipelines: "xl", "sd3" and "no_t5", an SD 3 without its third text encoder; "flux" and
+    "schnell"; "klein" and "klein_base"."""
     folder = tmp_path_factory.mktemp("families")
     folders = {"xl": build_xl(folder / "xl"), "sd3": build_sd3(folder / "sd3")}
+    folders |= {name: build_flux(folder / name, name == "flux") for name in ("flux", "schnell")}
+    folders |= {name: build_klein(folder / name, name == "klein") for name in ("klein", "klein_base")}
     shutil.copytree(folders["sd3"], folder / "no_t5", ignore=shutil.ignore_patterns("*_3"))
     index = json.loads((folder / "no_t5" / "model_index.json").read_text())
     index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
@@ -396,12 +491,24 @@ def stock_pipeline(folder, dtype=torch.float32):
 
 
 def stock(pipeline, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=1.0, output="latent", **extra):
-    """Latents, or PIL images, by the stock pipeline."""
+    """Latents in the layout of the initial noise, or PIL images, by the stock pipeline."""
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": output} | extra
     if "eta" in inspect.signature(pipeline.__call__).parameters:  # a flow is deterministic
         options["eta"] = eta
-    return pipeline(prompts, generator=generators, **options).images
+    name = type(pipeline).__name__
+    if name.startswith("Flux"):
+        options |= FLUX_SIZE
+        if name == "FluxPipeline" and not pipeline.transformer.config.guidance_embeds:
+            options["max_sequence_length"] = 256  # as the model card of schnell has it
+    images = pipeline(prompt=prompts, generator=generators, **options).images
+    if output == "latent" and name == "FluxPipeline":
+        return pipeline._unpack_latents(images, *FLUX_SIZE.values(), pipeline.vae_scale_factor)
+    if output == "latent" and name == "Flux2KleinPipeline":
+        norm = pipeline.vae.bn
+        mean, variance = (v.view(1, -1, 1, 1) for v in (norm.running_mean, norm.running_var))
+        return (pipeline._patchify_latents(images) - mean) / (variance + norm.eps).sqrt()
+    return images
 
 
 def difference(a, b):

@@ -55,9 +55,10 @@ FILES = {
     # rewards
     "raises.py": b"raise RuntimeError('two\\nlines')\n",
     # models
+    "model/unet/config.json": b'{"in_channels": 4, "out_channels": 4}',
     "model/model_index.json": SD.encode(),
     "no_pipeline/config.json": b"{}",
-    "flux/model_index.json": b'{"_class_name": "FluxPipeline"}',
+    "pixart/model_index.json": b'{"_class_name": "PixArtSigmaPipeline"}',
     "damaged/model_index.json": b"{",
     "list/model_index.json": b"[]",
     "unnamed/model_index.json": b"{}",
@@ -163,7 +164,9 @@ EARLY = [  # found before anything is loaded
             "--eval_rewards jpeg_compressibility,0.5*vqa(@/full)": "--eval_rewards 0.5*vqa( | given as 'vqa(",
             "--reward_device cuda": "--reward_device cuda: no CUDA device found; use --reward_device cpu",
             "--reward_device cpu --reward_dtype float16": "--reward_dtype float16 needs a CUDA device",
-            "--model @/flux": "--model | flux: is a FluxPipeline; supported: StableDiffusionPipeline",
+            "--model @/pixart": "--model | pixart: is a PixArtSigmaPipeline; supported: StableDiffusion",
+            "--height 100": "--height 100: must be a multiple of 8 for SD 1 and 2",
+            "--model_config @/full": "--model_config @/full: is for a single file as --model, not for",
             "--model nobody/nothing": "--model nobody/nothing: cannot be loaded",  # offline
         },
     ),
@@ -590,14 +593,14 @@ def test_too_few_prompts(files):
 
 
 PIPELINES = {
-    "one.txt": "one.txt: no such folder, and no hub id",
+    "one.txt": "one.txt: no such folder, no .safetensors file and no hub id",
     "no_pipeline": "cannot be loaded | No such file | model_index.json | give the folder or hub id",
     "unnamed": "unnamed: is a None; supported: StableDiffusionPipeline",
     "damaged": "damaged: cannot be loaded (Expecting property name | give the folder or hub id of a pipeline",
     "list": "list: cannot be loaded | give the folder or hub id of a pipeline",
 }
 FLOWS = {
-    "model": "model: no such folder, or neither unet/ nor transformer/ in it",
+    "list": "list: no such folder, or neither unet/ nor transformer/ in it",
     "half": "half: unet/config.json is missing or damaged",
     "alone": "alone: scheduler/scheduler_config.json is missing or damaged",
     "conditional": "is a UNet2DConditionModel; supported: UNet2DModel",

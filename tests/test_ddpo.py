@@ -35,7 +35,7 @@ class Line:
     def __init__(self, weight):
         self.weight = torch.tensor(weight, dtype=torch.float64, requires_grad=True)
 
-    def predict(self, x, t, text):
+    def predict(self, x, t, text, guidance=1):
         return self.weight * x
 
     def alpha_sigma(self, t):

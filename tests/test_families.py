@@ -1,5 +1,5 @@
-"""SD XL and SD 3, small, of the real classes: samplers, losses, LoRA, switch and noise policy against the
-stock pipelines."""
+"""SD XL, SD 3, FLUX.1 and FLUX.2 klein, small, of the real classes: samplers, losses, LoRA, switch and noise
+policy against the stock pipelines."""
 
 import copy
 import json
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import graft
 import noise_ppo
 import pgraft
 from common import LORA_FILE, Model, check_model, derived_seed, draw_noise, read_switch, stock_code
 from conftest import (
+    FLUX_SIZE,
     PROMPTS,
     SEEDS,
     assert_mean,
@@ -35,13 +35,19 @@ from conftest import (
 from flow_steps import GaussianFlow, distribution_of_samples, flow_grpo_step, linear_step, march
 from utils.runs import InputError
 
-KINDS = ("xl", "sd3", "no_t5")
+FLUX = ("flux", "schnell", "klein_base", "klein")
+UNGUIDED = ("schnell", "klein")  # distilled
+KINDS = ("xl", "sd3", "no_t5", *FLUX)
+
+
+def load(families, kind, dtype=torch.float32):
+    return Model(families[kind], "cpu", dtype, kind != "no_t5", **FLUX_SIZE if kind in FLUX else {})
 
 
 @pytest.fixture(scope="module")
 def loaded(families):
     """Base models, for tests that do not change them."""
-    return {kind: Model(families[kind], "cpu", torch.float32, t5=kind != "no_t5") for kind in KINDS}
+    return {kind: load(families, kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,14 @@ def ours(model, prompts=PROMPTS, seeds=SEEDS, steps=5, guidance=1.0, eta=0.0):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize(
-    "kind, eta, steps", [("xl", 0.0, 5), ("xl", 1.0, 4), ("sd3", 0.0, 5), ("no_t5", 0.0, 10)]
+    "kind, eta, steps",
+    [
+        ("xl", 0.0, 5),
+        ("xl", 1.0, 4),
+        ("sd3", 0.0, 5),
+        ("no_t5", 0.0, 10),
+        *((kind, 0.0, 4 if kind in UNGUIDED else 5) for kind in FLUX),
+    ],
 )
 def test_sample_equals_stock_pipeline(loaded, pipelines, kind, eta, steps, guidance):
     expected = stock(pipelines[kind], steps=steps, guidance=guidance, eta=eta)
@@ -73,10 +86,31 @@ def test_sample_equals_stock_pipeline(loaded, pipelines, kind, eta, steps, guida
     assert_same_images(loaded[kind].decode(x), images)
     for change in ({"seeds": [1, 2, 3]}, {"prompts": PROMPTS[::-1]}, {"guidance": 2.0}, {"steps": 3}):
         settings = {"steps": steps, "guidance": guidance, "eta": eta} | change
-        assert difference(ours(loaded[kind], **settings), x) > 1e-2, change
+        gap = difference(ours(loaded[kind], **settings), x)
+        assert gap == 0 if kind in UNGUIDED and "guidance" in change else gap > 1e-2, change
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3"])
+@pytest.mark.parametrize("kind", FLUX)
+def test_grid_and_calls_of_the_stock_pipeline(loaded, pipelines, kind):
+    """The grid is shifted by the image's tokens, of klein also by the number of steps; embedded guidance
+    takes no second prediction."""
+    model, pipeline = loaded[kind], pipelines[kind]
+    for steps in (4, 7):
+        stock(pipeline, steps=steps, guidance=3.0)
+        grid = pipeline.scheduler.timesteps
+        assert model.timesteps(steps) == grid.tolist() and grid[0] == 1000
+        assert torch.allclose(
+            grid / 1000, model.shift * (u := torch.arange(steps, 0, -1) / steps) / (1 + (model.shift - 1) * u)
+        )
+    assert model.shift == pytest.approx({"flux": math.exp(0.46208), "schnell": 1.0}.get(kind, 6.9), rel=0.02)
+    calls = []
+    handle = model.denoiser.register_forward_hook(lambda module, inputs, output: calls.append(len(output[0])))
+    ours(model, guidance=3.0, steps=4)
+    handle.remove()
+    assert calls == [6 if kind == "klein_base" else 3] * 4
+
+
+@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "schnell"])
 def test_states_and_pooled_embedding_both_reach_the_model(loaded, kind):
     model = loaded[kind]
     x, t, text = (
@@ -85,8 +119,8 @@ def test_states_and_pooled_embedding_both_reach_the_model(loaded, kind):
         model.encode(PROMPTS),
     )
     states, pooled = model.split(text)
-    assert states.shape[1] == {"xl": 12, "sd3": 12 + 256}[kind]
-    assert pooled.shape == (3, {"xl": 40, "sd3": 32}[kind])
+    assert states.shape[1] == {"xl": 12, "sd3": 12 + 256, "flux": 512, "schnell": 256}[kind]
+    assert pooled.shape == (3, {"xl": 40, "sd3": 32}.get(kind, 16))
     other = text.clone()
     other[:, model.tokens :] = text.flip(0)[:, model.tokens :]
     swapped = torch.cat([text.flip(0)[:, : model.tokens], text[:, model.tokens :]], 1)
@@ -206,20 +240,23 @@ def test_flow_target():
             assert_mean(rest * test, 0)
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", *FLUX])
 def test_denoising_loss(loaded, kind):
     model = loaded[kind]
     x_0, noise = (torch.randn(3, *model.latent_shape, generator=seeded(i)) for i in (3, 4))
     t, text, scheduler = torch.tensor([20, 300, 999]), model.encode(PROMPTS), model.pipeline.scheduler
-    if kind == "sd3":
+    if kind != "xl":
         t = t.float()
-        scheduler.set_timesteps(sigmas=[0.999, 0.3, 0.02])  # shifted: the grid of the stock noising
+        scheduler.set_timesteps(sigmas=[0.999, 0.3, 0.02], mu=1.0)  # shifted: the grid of the stock noising
         t = scheduler.timesteps.flip(0)
         x_t, target = scheduler.scale_noise(x_0, t, noise), noise - x_0
     else:
         x_t, target = scheduler.add_noise(x_0, noise, t), noise
     states, pooled = model.split(text)
-    if kind == "sd3":
+    guidance = 3.0 if kind == "flux" else 1.0
+    if kind in FLUX:
+        out = flux_velocity(model, x_t, t / 1000, states, pooled, guidance)
+    elif kind == "sd3":
         out = model.denoiser(x_t, timestep=t, encoder_hidden_states=states, pooled_projections=pooled).sample
     else:
         ids = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(3, -1)
@@ -227,11 +264,37 @@ def test_denoising_loss(loaded, kind):
             x_t, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
         ).sample
     expected = (out - target).square().mean()
-    assert graft.denoising_loss(model, x_0, text, t, noise, 1.0).item() == pytest.approx(
+    assert graft.denoising_loss(model, x_0, text, t, noise, guidance).item() == pytest.approx(
         expected.item(), rel=1e-5
     )
-    clean = pgraft.denoising_loss(model, x_0, (1.0, 0.0), text, t, noise, 1.0)
+    clean = pgraft.denoising_loss(model, x_0, (1.0, 0.0), text, t, noise, guidance)
     assert clean.item() == pytest.approx(expected.item(), rel=1e-4)
+    if kind == "flux":
+        assert graft.denoising_loss(model, x_0, text, t, noise, 1.0).item() != pytest.approx(
+            expected.item(), rel=1e-2
+        )
+
+
+def flux_velocity(model, x, sigma, states, pooled, guidance):
+    """The network's output in the layout of x, tokens and positions made by hand. sigma: (batch,)."""
+    n, channels, height, width = x.shape
+    rows = torch.arange(height if model.family.pipeline == "Flux2KleinPipeline" else height // 2)
+    columns = torch.arange(width if model.family.pipeline == "Flux2KleinPipeline" else width // 2)
+    places = torch.cartesian_prod(torch.arange(1), rows, columns)
+    options = {"timestep": sigma, "encoder_hidden_states": states}
+    if model.family.pipeline == "Flux2KleinPipeline":
+        text_ids = torch.nn.functional.pad(torch.arange(states.shape[1])[:, None], (3, 0))
+        options |= {"img_ids": torch.nn.functional.pad(places, (0, 1)), "txt_ids": text_ids}
+        out = model.denoiser(x.flatten(2).transpose(1, 2), **options).sample
+        return out.transpose(1, 2).unflatten(2, (height, width))
+    options |= {"img_ids": places.float(), "txt_ids": torch.zeros(states.shape[1], 3)}
+    options |= {"pooled_projections": pooled}
+    if model.denoiser.config.guidance_embeds:
+        options["guidance"] = torch.tensor([guidance]).expand(n)
+    # a token holds the 2 x 2 numbers of each channel
+    tokens = torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2)
+    out = model.denoiser(tokens, **options).sample
+    return torch.nn.functional.fold(out.transpose(1, 2), (height, width), 2, stride=2)
 
 
 def test_flow_timesteps_to_train_on(loaded, models):
@@ -251,7 +314,7 @@ def test_flow_timesteps_to_train_on(loaded, models):
     assert models["v"].draw_timesteps(50_000, seeded()).min() == 0
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "klein_base"])
 def test_gradient_checkpointing_gives_the_same_gradients(loaded, kind):
     model = with_lora(loaded[kind], "attention")
     randomise(model)
@@ -273,7 +336,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(loaded, kind):
 # ---------------------------------------------------------------- LoRA
 
 
-@pytest.mark.parametrize("kind, targets", [("xl", "all"), ("sd3", "attention"), ("no_t5", "all")])
+@pytest.mark.parametrize(
+    "kind, targets",
+    [
+        ("xl", "all"),
+        ("sd3", "attention"),
+        ("no_t5", "all"),
+        ("flux", "attention"),
+        ("schnell", "all"),
+        ("klein_base", "attention"),
+        ("klein", "all"),
+    ],
+)
 def test_saved_lora_in_the_stock_pipeline(loaded, families, tmp_path, kind, targets):
     model = with_lora(loaded[kind], targets, rank=8, alpha=4)
     assert torch.equal(ours(model), ours(loaded[kind]))
@@ -294,10 +368,17 @@ def test_saved_lora_in_the_stock_pipeline(loaded, families, tmp_path, kind, targ
     assert torch.equal(ours(again), ours(model))
 
 
-def test_lora_reaches_both_streams_of_sd3(loaded):
-    names = set(with_lora(loaded["sd3"], "attention").lora())
-    for layer in common.ATTENTION:
+@pytest.mark.parametrize("kind", ["sd3", *FLUX])
+def test_lora_reaches_both_streams(loaded, kind):
+    names = set(with_lora(loaded[kind], "attention").lora())
+    for layer in loaded[kind].family.attention:
         assert any(f".{layer}." in name for name in names), layer
+    if "klein" in kind:  # the layers of a single stream, which are joint there
+        assert {name.split(".lora_A")[0] for name in names if "single" in name and "lora_A" in name} == {
+            f"single_transformer_blocks.{i}.attn.{layer}"
+            for i in (0, 1)
+            for layer in ("to_qkv_mlp_proj", "to_out")
+        }
 
 
 @pytest.mark.parametrize("kind", ["v", "xl"])
@@ -322,7 +403,7 @@ def test_lora_in_the_format_of_webui(models, loaded, tiny_v, families, tmp_path,
 # ---------------------------------------------------------------- P-GRAFT's switch
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "klein_base", "klein"])
 def test_switch_in_the_stock_pipeline(loaded, families, tmp_path, kind):
     model = with_lora(loaded[kind], "attention")
     randomise(model, 0.5)
@@ -368,7 +449,7 @@ def test_switch_of_another_flow_is_refused(loaded, models, tmp_path):
 # ---------------------------------------------------------------- noise policy
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3", "no_t5"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", "no_t5", *FLUX])
 def test_noise_policy_with_the_stock_pipeline(loaded, pipelines, kind):
     model, pipeline = copy.copy(loaded[kind]), pipelines[kind]
     if kind == "xl":
@@ -377,16 +458,20 @@ def test_noise_policy_with_the_stock_pipeline(loaded, pipelines, kind):
         pipeline, model.pipeline.scheduler = copy.copy(pipeline), scheduler
         pipeline.scheduler = scheduler
     text = noise_ppo.text_features(model, PROMPTS)
-    assert text.shape == (3, 1, {"xl": 40}.get(kind, 32))
+    shapes = {"xl": (1, 40), "flux": (1, 16), "schnell": (1, 16), "klein_base": (512, 48), "klein": (512, 48)}
+    assert text.shape == (3, *shapes.get(kind, (1, 32)))
     policy = noise_ppo.NoisePolicy(*text.shape[1:], model.latent_shape)
     policy.standardise(text)
     torch.nn.init.normal_(policy.head.weight, std=0.2, generator=seeded())
     policy.pipe = pipeline
-    latents = policy.sample(PROMPTS, [torch.Generator().manual_seed(s) for s in SEEDS])
+    given = policy.sample(PROMPTS, [torch.Generator().manual_seed(s) for s in SEEDS])
+    packed = kind in ("flux", "schnell")  # in the form that latents= takes
+    sizes = (*FLUX_SIZE.values(), pipeline.vae_scale_factor)
+    latents = pipeline._unpack_latents(given, *sizes) if packed else given
     mean, log_std = policy(text)
     z = mean + log_std.exp() * draw_noise(SEEDS, 0, model.latent_shape, torch.float32)[0]
     assert torch.allclose(latents, z, atol=1e-5) and difference(z, mean) > 0.1 and mean.std() > 0.05
-    expected = stock(pipeline, steps=4, guidance=3.0, eta=0.0, latents=latents)
+    expected = stock(pipeline, steps=4, guidance=3.0, eta=0.0, latents=given)
     assert difference(noise_ppo.sample(model, z, model.encode(PROMPTS), 4, 3.0), expected) <= 1e-4
 
 
@@ -410,27 +495,45 @@ REAL = {  # (tokens, width) that the policy reads, latent, denoiser
         (16, 128, 128),
         {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536},
     ),
+    "flux": (1, 768, (16, 128, 128), {"guidance_embeds": True}),
+    "klein": (
+        1,
+        7680,
+        (128, 64, 64),
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", REAL)
 def test_noise_policy_is_small_beside_the_real_model(kind):
-    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+    import diffusers
 
+    names = {"sd3": "SD3Transformer2DModel", "flux": "FluxTransformer2DModel"}
+    names |= {"klein": "Flux2Transformer2DModel"}
     tokens, width, latent, config = REAL[kind]
     with torch.device("meta"):
-        denoiser = (SD3Transformer2DModel if kind == "sd3" else UNet2DConditionModel)(**config)
+        denoiser = getattr(diffusers, names.get(kind, "UNet2DConditionModel"))(**config)
         policy = noise_ppo.NoisePolicy(tokens, width, latent)
     numbers = [sum(p.numel() for p in module.parameters()) for module in (policy, denoiser)]
     assert numbers[1] > 8e8 and numbers[0] / numbers[1] < 0.005
 
 
+def test_what_the_policy_reads():
+    """The pooled embedding, or states of at most 10^5 numbers, or their mean over the tokens."""
+    states, pooled = torch.randn(2, 77, 1024, generator=seeded()), torch.randn(2, 5, generator=seeded(1))
+    assert torch.equal(noise_ppo.policy_input(states, pooled), pooled[:, None])
+    assert torch.equal(noise_ppo.policy_input(states, None), states)
+    states = torch.randn(2, 512, 256, generator=seeded())
+    assert torch.equal(noise_ppo.policy_input(states, None)[:, 0], states.mean(1))
+
+
 # ---------------------------------------------------------------- precision and memory
 
 
-@pytest.mark.parametrize("kind", ["xl", "sd3"])
+@pytest.mark.parametrize("kind", ["xl", "sd3", "flux", "klein_base"])
 def test_bfloat16(families, pipelines, kind):
-    model = Model(families[kind], "cpu", torch.bfloat16)
+    model = load(families, kind, torch.bfloat16)
     expected = stock(stock_pipeline(families[kind], torch.bfloat16), guidance=3.0, eta=0.0).float()
     assert (ours(model, guidance=3.0) - expected).square().mean().sqrt() <= 0.1 * expected.std()
     parameters = model.add_lora(4, 8, "attention", seed=0)
@@ -480,13 +583,14 @@ def test_text_encoders_are_on_the_device_only_while_they_encode(families, monkey
 
 
 def test_another_pipeline_is_refused_before_anything_loads(monkeypatch, tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtSigmaPipeline"}')
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, filename: str(tmp_path / filename))
     with pytest.raises(
-        InputError, match="black/flux: is a FluxPipeline; supported: .*XLPipeline, StableDiffusion3Pipeline"
+        InputError,
+        match="pixart/sigma: is a PixArtSigmaPipeline; supported: .*XLPipeline, StableDiffusion3Pipeline",
     ):
-        Model("black/flux", "cpu", torch.float32)
+        Model("pixart/sigma", "cpu", torch.float32)
     monkeypatch.undo()
     with pytest.raises(InputError, match="no/such: cannot be loaded"):
         check_model("no/such")
@@ -569,11 +673,16 @@ def arguments(folder, prompt_files, script):
         f"--prompts {prompt_files.train} --eval_prompts {prompt_files.held_out} --model {folder} --device cpu"
     )
     rest = f"--steps 2 --eval_samples 2 --reward jpeg_incompressibility --output run {sizes}"
+    if Path(folder).name in FLUX:
+        rest += " --height 16 --width 32"
     return f"{files} {rest}".split()
 
 
-@pytest.mark.parametrize("script", ["graft.py", "pgraft.py", "noise_ppo.py"])
-@pytest.mark.parametrize("kind", ["xl", "sd3"])
+SCRIPTS = ("graft.py", "pgraft.py", "noise_ppo.py")
+RUNS = [(kind, script) for kind in ("xl", "sd3", "flux", "klein_base") for script in SCRIPTS]
+
+
+@pytest.mark.parametrize("kind, script", [*RUNS, *((kind, "graft.py") for kind in UNGUIDED)])
 def test_complete_run(families, prompt_files, tmp_path, monkeypatch, kind, script):
     from PIL import Image
 
@@ -582,20 +691,22 @@ def test_complete_run(families, prompt_files, tmp_path, monkeypatch, kind, scrip
     code, out, error = run_inside([*argv, "--eval_rewards", "jpeg_compressibility"], script)
     assert code == 0, error
     stored = json.loads(Path("run/args.json").read_text())
-    assert stored["guidance"] == {"xl": 5.0, "sd3": 7.0}[kind]
+    guidance = {"xl": 5.0, "sd3": 7.0, "flux": 3.5, "klein_base": 4.0}
+    assert stored["guidance"] == guidance.get(kind, 1.0)
     assert stored.get("steps") == {"pgraft.py": 4}.get(script, 2)
-    eta = {("sd3", "graft.py"): 0.0, ("sd3", "pgraft.py"): 0.5}.get((kind, script), 1.0)
+    eta = 1.0 if kind == "xl" else {"graft.py": 0.0, "pgraft.py": 0.5}.get(script)
     assert stored.get("eta") == (None if script == "noise_ppo.py" else eta)
     printed = out[out.index("import torch; from diffusers") :]
     names = {"xl": "DDIMScheduler, StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
-    assert f"from diffusers import {names[kind]}\n" in printed
-    assert ("# the stock flow is deterministic" in printed) == ((kind, script) == ("sd3", "pgraft.py"))
+    names |= dict.fromkeys(("flux", "schnell"), "FluxPipeline")
+    assert f"from diffusers import {names.get(kind, 'Flux2KleinPipeline')}\n" in printed
+    assert ("# the stock flow is deterministic" in printed) == (kind != "xl" and script == "pgraft.py")
     exec(printed, {"json": json})
     name = "learnt.png" if script == "noise_ppo.py" else "tuned.png"
     image, shown = Image.open(name), Image.open("run/grid.png")
-    assert image.size == (16, 16) and np.asarray(shown).std() > 0
+    assert image.size == (32 if kind in FLUX else 16, 16) and np.asarray(shown).std() > 0
     if script == "graft.py":
-        model = Model(families[kind], "cpu", torch.float32)
+        model = load(families, kind)
         model.load_lora("run")
         prompt = Path(prompt_files.held_out).read_text().splitlines()[:1]
         x = ours(model, prompt, [derived_seed("eval", 0, 0)], 2, stored["guidance"], stored["eta"])
@@ -616,6 +727,18 @@ def test_killed_and_resumed(families, prompt_files, tmp_path):
         tmp_path / "killed" / "output.txt"
     ).read_text()
     assert_same_run(tmp_path / "killed" / "run", tmp_path / "complete" / "run")
+
+
+def test_what_a_distilled_model_cannot_take(families):
+    for kind, label in (("schnell", "FLUX.1 schnell"), ("klein", "FLUX.2 klein")):
+        options = {"model": families[kind], "reward": "jpeg_compressibility", "device": "cpu"}
+        args = graft.prepare(graft.Args(**options))[0]
+        assert (args.steps, args.guidance) == (4, 1.0)
+        with pytest.raises(InputError, match=f"--guidance 3: {label} takes no guidance; leave it out"):
+            graft.prepare(graft.Args(**options, guidance=3.0))
+    for kind, defaults in (("flux", (28, 3.5)), ("klein_base", (50, 4.0))):
+        args = graft.prepare(graft.Args(**options | {"model": families[kind]}))[0]
+        assert (args.steps, args.guidance) == defaults
 
 
 def test_own_defaults_of_a_script(families):

@@ -4,7 +4,6 @@ as a CPU goes."""
 import json
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +20,8 @@ PUBLISHED = {  # parameters of the denoiser, the text encoders
     "sd21": (865_910_724, [340_387_840]),
     "sdxl": (2_567_463_684, [123_060_480, 694_659_840]),
     "sd3": (2_028_328_000, [123_650_304, 694_659_840]),
+    "flux": (11_901_408_320, [123_060_480, 4_762_310_656]),
+    "flux2klein": (3_875_544_576, [4_022_468_096]),
 }
 
 
@@ -35,7 +36,11 @@ def test_published_sizes(name):
             name, {"vocab_size": 49408, "max_position_embeddings": 77}
         )
     assert (size(denoiser), [size(e) for e in encoders]) == PUBLISHED[name]
-    assert size(vae) == (83_819_683 if name == "sd3" else 83_653_863)
+    sizes = {"sd3": 83_819_683, "flux": 83_819_683, "flux2klein": 84_046_115}
+    assert size(vae) == sizes.get(name, 83_653_863)
+    if name.startswith("flux"):  # it takes patches of 2 x 2; its configuration knows no size of images
+        assert denoiser.config.in_channels == 4 * vae.config.latent_channels
+        return
     latent = (
         denoiser.config.in_channels,
         denoiser.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1),
@@ -57,7 +62,7 @@ def test_flags_are_those_of_the_docs(name):
     assert args.gradient_checkpointing and args.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("name", ["sd3"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2klein"])
 def test_whole_script_on_a_shrunk_model(name, tmp_path):
     bars, out = graft.tqdm, tmp_path / "gpu.json"
     argv = f"--tiny --device cpu --families {name} --steps 2 --images 16 --updates 2 --out {out}".split()
@@ -67,7 +72,8 @@ def test_whole_script_on_a_shrunk_model(name, tmp_path):
     assert result["tiny"] and result["device"] == "cpu" and result["matrix_rate_teraflops"] > 0
     record = result["families"][name]
     assert record["settings"]["dtype"] == "bfloat16" and record["settings"]["steps"] == 2
-    assert record["flops"]["train"] > 2 * record["flops"]["call"] > 0 and record["flops"]["decode"] > 0
+    assert record["flops"]["train"] == 3 * record["flops"]["call"] > 0 and record["flops"]["decode"] > 0
+    assert record["checks"].pop("the measured run ends") == "ok"
     phases = {phase["phase"]: phase for phase in record["phases"]}
     assert list(phases) == [
         "load, encode prompts",
@@ -87,17 +93,51 @@ def test_whole_script_on_a_shrunk_model(name, tmp_path):
     assert len(others) == 3 and set(others) == {"not measured: needs CUDA"}
 
 
+def test_time_for_a_family(tmp_path):
+    """With a limit: fewer steps and images, and no check that would begin later."""
+    out = tmp_path / "gpu.json"
+    argv = f"--tiny --device cpu --families sd15 --updates 2 --seconds 1 --out {out}".split()
+    code, _, error = run_inside(argv, "benchmarks/gpu.py")
+    assert code == 0, error
+    record = json.loads(out.read_text())["families"]["sd15"]
+    assert 2 <= record["settings"]["steps"] < 50 and record["settings"]["sample_batch"] == 8
+    assert record["checks"]["our images = stock images, float32"] == "not measured: 1 seconds had passed"
+
+
 def test_families_measured_before_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "measure", lambda name, options, rate: {"of": name})
+    checks = {"the measured run ends": "ok"}
+    monkeypatch.setattr(gpu, "measure", lambda name, options, rate: {"of": name, "checks": checks})
     monkeypatch.setattr(gpu, "show", lambda name, record: None)
     out = tmp_path / "gpu.json"
     for name in ("sd15", "sdxl"):
         monkeypatch.setattr(sys, "argv", f"gpu.py --tiny --device cpu --families {name} --out {out}".split())
         gpu.main()
-    assert json.loads(out.read_text())["families"] == {"sd15": {"of": "sd15"}, "sdxl": {"of": "sdxl"}}
+    stored = json.loads(out.read_text())["families"]
+    assert {name: record["of"] for name, record in stored.items()} == {"sd15": "sd15", "sdxl": "sdxl"}
     out.write_text(json.dumps(json.loads(out.read_text()) | {"device": "another"}))
     gpu.main()
     assert list(json.loads(out.read_text())["families"]) == ["sdxl"]
+
+
+def test_a_run_that_fails_keeps_what_was_measured(tmp_path, monkeypatch):
+    """As after a CUDA error: the phases before it are stored, and no other family is begun."""
+
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal\nmemory access")
+
+    monkeypatch.setattr(graft, "denoising_loss", broken)
+    out = tmp_path / "gpu.json"
+    argv = "--tiny --device cpu --families sd15 sdxl --steps 2 --images 16 --updates 2 --out".split()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *argv, str(out)])
+    with pytest.raises(SystemExit, match="device may be unusable"):
+        gpu.main()
+    families = json.loads(out.read_text())["families"]
+    assert list(families) == ["sd15"]
+    phases = [phase["phase"] for phase in families["sd15"]["phases"]]
+    assert phases == ["load, encode prompts", "evaluate base", "sample 1", "stock pipeline call"]
+    assert families["sd15"]["checks"]["the measured run ends"] == (
+        "FAILED: CUDA error: an illegal memory access"
+    )
 
 
 def test_bad_options(monkeypatch):
@@ -142,9 +182,9 @@ def card(monkeypatch):
 
 
 def test_cuda_branches(card, monkeypatch):
-    options = SimpleNamespace(device=card.device, tiny=True, images=16, steps=2, updates=2)
+    options = SimpleNamespace(device=card.device, tiny=True, images=16, steps=2, updates=2, seconds=0)
     record = gpu.measure("sd15", options, 1e12)
-    assert [phase["reserved"] for phase in record["phases"]] == [1, 2, 3, 4, 5, 6]
+    assert [phase["reserved"] for phase in record["phases"]] == [3, 4, 5, 6, 7, 2]
     checks = record["checks"]
     assert checks["no wait inside the sampler's loop"] == "ok" and card.mode == "default"
     refused = "FAILED: --dtype float16 needs a CUDA device"  # so says graft.py itself
@@ -152,18 +192,15 @@ def test_cuda_branches(card, monkeypatch):
     assert checks["memory target"].startswith(
         "met: 8 GB, of which 1.00 are outside torch; ok: 2 updates, at most "
     )
-    assert card.fractions[-2:] == [pytest.approx(7 / 86), 1.0]
+    assert card.fractions[:2] == [pytest.approx(7 / 86), 1.0]
 
     def too_much(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(gpu, "run_graft", too_much)
-    args = graft.Args(steps=2, guidance=2.0, micro_batch=2)
-    monkeypatch.setattr(gpu, "check_images", too_much)
-    monkeypatch.setattr(gpu, "check_no_wait", too_much)
-    answers = gpu.all_checks(gpu.FAMILIES["sd15"], "", [], [], args, card.device, Path())
-    target = answers["memory target"]
+    target = gpu.check_target([], card.device, 8.0)
     assert target.startswith("missed: 8 GB") and target.endswith("FAILED: out of memory")
+    assert gpu.check_target([], card.device, None) == "not measured: none is set"
 
 
 @pytest.mark.parametrize("script_encodes", [False, True])
@@ -178,11 +215,12 @@ def test_a_wait_inside_the_loop_is_found(card, models, tiny_epsilon, monkeypatch
     monkeypatch.setattr(common.Model, "encode", encode)
     if script_encodes:
 
-        def predict(model, x, t, text, _):
+        def predict(model, x, t, text, guidance):
             return model.predict(x, t, model.encode([""]))
 
         monkeypatch.setattr(graft, "guided_prediction", predict)
-    args = SimpleNamespace(dtype="float32", t5=True, guidance=3.0, eta=1.0)
-    answer = gpu.check_no_wait(tiny_epsilon, ["a red circle"], args, card.device)
+    args = SimpleNamespace(guidance=3.0, eta=1.0)
+    model = common.Model(tiny_epsilon, card.device, torch.float32)
+    answer = gpu.check_no_wait(model, ["a red circle"], args)
     assert answer.startswith("FAILED: waits in graft.py, line ") if script_encodes else answer == "ok"
     assert card.mode == "default"

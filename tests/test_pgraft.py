@@ -325,7 +325,7 @@ class GaussianModel:
         abar = self.alphas_cumprod[t].item() if t >= 0 else 1.0
         return abar**0.5, (1 - abar) ** 0.5
 
-    def predict(self, x, t, text):
+    def predict(self, x, t, text, guidance=1):
         level = self.alpha_sigma(int(t))
         x_0 = gaussian_mean(x, *level, text[..., None], self.std)
         return wanted(self.prediction_type, x, x_0, *level)
