@@ -8,10 +8,13 @@ import argparse
 import csv
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import os
 import re
+import shlex
+import signal
 import sys
 import threading
 import time
@@ -20,11 +23,15 @@ import zipfile
 from pathlib import Path
 
 import filelock
+import huggingface_hub as hub
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-LOCK_FILE = ".lock"  # in the run folder
+LOCK_FILE, INPUTS_FILE = ".lock", "inputs.json"  # in the run folder
+DEVICES = ("device", "reward_device")  # settings that do not belong to a run
+MODEL_ENDINGS = (".json", ".txt", ".model", ".safetensors", ".bin", ".pth", ".pt")  # of a model's files
+HASHED_BYTES = 64 * 2**20  # of a file: reading all of a large model would take minutes
 # what a full, read-only or broken disk says; anything else is a bug
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some network file systems
@@ -49,7 +56,8 @@ def check_range(args, name: str, least: float, most: float) -> None:
 def parse_arguments(args_class, argv: list[str] | None = None):
     """Command line -> args_class, by tyro, which exits with code 2 if it cannot read the line.
 
-    With --resume the stored arguments are the defaults. InputError if another value is given beside it.
+    With --resume the stored arguments are the defaults. InputError if another value is given beside it, but
+    for DEVICES: a run goes on on another device, and on one that is there.
     """
 
     options = {"args": argv, "use_underscores": True, "config": (tyro.conf.DisallowNone,)}
@@ -60,10 +68,15 @@ def parse_arguments(args_class, argv: list[str] | None = None):
     if not folder:
         return tyro.cli(args_class, **options)
     stored = stored_arguments(args_class, folder)
-    args = tyro.cli(args_class, default=stored, **options)
+    missing = [name for name in DEVICES if not has_device(getattr(stored, name, "cpu"))]
+    default = dataclasses.replace(stored, **dict.fromkeys(missing, "auto"))
+    args = tyro.cli(args_class, default=default, **options)
     for field in dataclasses.fields(args_class):
         given, kept = getattr(args, field.name), getattr(stored, field.name)
-        if given != kept:
+        if given != kept and field.name in DEVICES:
+            there = "the device there is" if given == "auto" else given
+            print(f"--{field.name}: the run in {folder} began on {kept} and goes on on {there}", flush=True)
+        elif given != kept:
             raise InputError(
                 f"--{field.name} {given} differs from the run in {folder} ({kept}): "
                 "leave it out, or start a new run"
@@ -93,6 +106,12 @@ def stored_arguments(args_class, folder: str):
         ) from None
 
 
+def has_device(name: str) -> bool:
+    """Whether this machine can use the device "cuda" or "mps"; True for "cpu" and "auto"."""
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    return name not in backends or backends[name].is_available()
+
+
 def has_type(value, kind) -> bool:
     """Whether a value from JSON suits the type of a dataclass field."""
     choices = typing.get_args(kind)
@@ -111,6 +130,8 @@ def run_script(main, args_class) -> None:
     InputError, a full or read-only disk and lack of memory end the program with one line and exit code 2;
     Ctrl-C with 130. The line says how to continue the run, if there is one.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot print a character gets \\x.. for it
+        sys.stdout.reconfigure(errors="backslashreplace")
     # tensorboard's thread prints an OSError that is raised in the main thread too
     threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     try:
@@ -119,6 +140,8 @@ def run_script(main, args_class) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program is ending: another Ctrl-C says nothing
         message = " ".join(str(error).split())
         of_memory = "out of memory|can't allocate memory"  # CUDA's words, the CPU's
         if isinstance(error, MemoryError) or re.search(of_memory, message):
@@ -126,7 +149,8 @@ def run_script(main, args_class) -> None:
             sys.exit(2)
         folder = Path(LOCKS[0].lock_file).parent if LOCKS else None
         begun = folder and (folder / "args.json").is_file()
-        hint = f"Continue with: python {sys.argv[0]} --resume {folder}" if begun else "Nothing was written."
+        command = shlex.join(["python", sys.argv[0], "--resume", str(folder)])
+        hint = f"Continue with: {command}" if begun else "Nothing was written."
         if isinstance(error, KeyboardInterrupt):
             print(f"\ninterrupted. {hint}", file=sys.stderr)
             sys.exit(130)
@@ -155,14 +179,16 @@ def check_output(output: str, resume: str) -> None:
         return
     if (path / "args.json").is_file():
         raise InputError(
-            f"--output {output}: holds a run already; continue it with --resume {output}, or give a new one"
+            f"--output {output}: holds a run already; continue it with --resume {shlex.quote(output)}, or "
+            "give a new one"
         )
     raise InputError(f"--output {output}: exists and is not a run; give a new folder")
 
 
-def make_run_folder(args, script: str, model: str, seed: int) -> Path:
+def make_run_folder(args, script: str, model: str, seed: int, inputs: dict | None = None) -> Path:
     """The folder of this run, with args.json: --resume, --output, or a new one under runs/. It is locked
-    until the process ends or makes another. InputError if another process has it."""
+    until the process ends or makes another. inputs: what check_inputs returned, stored in inputs.json.
+    InputError if another process has the folder."""
     default = f"runs/{script}__{Path(model).name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.resume or args.output or default)
     while WRITERS:
@@ -179,6 +205,8 @@ def make_run_folder(args, script: str, model: str, seed: int) -> Path:
         raise InputError(
             f"--output {folder}: cannot be written ({error.strerror}); give another folder"
         ) from None
+    if inputs is not None and not (folder / INPUTS_FILE).exists():
+        write_json(folder / INPUTS_FILE, inputs)
     return folder
 
 
@@ -202,6 +230,59 @@ def lock(folder: Path, flag: str) -> None:
             f"warning: {folder} cannot be locked ({error.strerror}); start no second run in it",
             file=sys.stderr,
         )
+
+
+# ---------------------------------------------------------------- what a run reads
+
+
+def check_inputs(resume: str, names: list) -> dict[str, str]:
+    """hash_inputs of what a run reads. InputError, naming the file, if one differs from what the run in the
+    folder `resume` began with; one line if that run has stored no hashes."""
+    hashes = hash_inputs(names)
+    if not resume:
+        return hashes
+    path = Path(resume) / INPUTS_FILE
+    if not path.is_file():
+        print(
+            f"warning: --resume {resume}: has no {INPUTS_FILE}, as older runs: whether its prompts, images, "
+            "rewards and model are those that it began with is not known; from now on it is checked",
+            file=sys.stderr,
+        )
+        return hashes
+    try:
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise InputError(f"--resume {resume}: {INPUTS_FILE} is damaged; start a new run") from None
+    changed = [name for name in stored | hashes if stored.get(name) != hashes.get(name)]
+    if changed:
+        others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        happened = "changed" if changed[0] in stored and changed[0] in hashes else "added"
+        happened = happened if changed[0] in hashes else "removed"
+        raise InputError(
+            f"--resume {resume}: {changed[0]}{others} was {happened} after the run began; put that back, or "
+            "start a new run"
+        )
+    return hashes
+
+
+def hash_inputs(names: list) -> dict[str, str]:
+    """{file: SHA-256 of its size and its first HASHED_BYTES} of the files `names`, and of the model files in
+    those that are folders and in their subfolders. Of a hub id {id: its commit in the cache}."""
+    hashes = {}
+    for name in (str(name) for name in names if str(name)):
+        files = [Path(name)] if Path(name).is_file() else []
+        if Path(name).is_dir():
+            folders = [Path(name), *(f for f in Path(name).iterdir() if f.is_dir())]
+            folders = (f for f in folders if not (f / "args.json").exists())  # a run
+            inside = (file for folder in folders for file in folder.iterdir())
+            files = sorted(file for file in inside if file.suffix in MODEL_ENDINGS and file.is_file())
+        elif not files and isinstance(cached := hub.try_to_load_from_cache(name, "model_index.json"), str):
+            hashes[name] = Path(cached).parent.name
+        for file in files:
+            with open(file, "rb") as content:
+                digest = hashlib.sha256(f"{file.stat().st_size} ".encode() + content.read(HASHED_BYTES))
+            hashes[str(file)] = digest.hexdigest()
+    return hashes
 
 
 # ---------------------------------------------------------------- files that are whole or not there
