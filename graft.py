@@ -459,13 +459,13 @@ def prepare(args):
     args.device = check_device(args.device, args.dtype)
     if args.sample_only:
         args.rounds, args.save_accepted = 1, True
-    prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     rewards = read_rewards(args.reward, args.eval_rewards)
+    inputs = [args.model, *prompt_files(args.prompts, args.eval_prompts)]
+    inputs = check_inputs(args.resume, [*inputs, *(file for reward in rewards for file in reward.files())])
+    prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     for reward in rewards:
         reward.check_prompts(prompts, "--prompts")
         reward.check_prompts(held_out, "--eval_prompts")
-    inputs = [args.model, *prompt_files(args.prompts, args.eval_prompts)]
-    inputs = check_inputs(args.resume, [*inputs, *(file for reward in rewards for file in reward.files())])
     for reward in rewards:
         reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
     return args, prompts, held_out, rewards, inputs

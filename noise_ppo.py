@@ -570,14 +570,14 @@ def prepare(args):
         switched = (Path(args.lora) / SWITCH_FILE).is_file()
         args.switch_timestep = read_switch(args.lora, "--switch_timestep") if switched else -1.0
         check_range(args, "switch_timestep", -1, 999)
-    prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     rewards = read_rewards(args.reward, args.eval_rewards)
-    for reward in rewards:
-        reward.check_prompts(prompts, "--prompts")
-        reward.check_prompts(held_out, "--eval_prompts")
     inputs = [args.model, *prompt_files(args.prompts, args.eval_prompts)]
     inputs += [Path(args.lora) / name for name in (LORA_FILE, SWITCH_FILE) if args.lora]
     inputs = check_inputs(args.resume, [*inputs, *(file for reward in rewards for file in reward.files())])
+    prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
+    for reward in rewards:
+        reward.check_prompts(prompts, "--prompts")
+        reward.check_prompts(held_out, "--eval_prompts")
     for reward in rewards:
         reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
     return args, prompts, held_out, rewards, inputs

@@ -276,8 +276,9 @@ def hash_inputs(names: list) -> dict[str, str]:
             folders = (f for f in folders if not (f / "args.json").exists())  # a run
             inside = (file for folder in folders for file in folder.iterdir())
             files = sorted(file for file in inside if file.suffix in MODEL_ENDINGS and file.is_file())
-        elif not files and isinstance(cached := hub.try_to_load_from_cache(name, "model_index.json"), str):
-            hashes[name] = Path(cached).parent.name
+        elif not files and re.fullmatch(r"[\w.-]+/[\w.-]+", name):  # perhaps an id of the hub
+            cached = hub.try_to_load_from_cache(name, "model_index.json")
+            hashes |= {name: Path(cached).parent.name} if isinstance(cached, str) else {}
         for file in files:
             with open(file, "rb") as content:
                 digest = hashlib.sha256(f"{file.stat().st_size} ".encode() + content.read(HASHED_BYTES))
