@@ -241,7 +241,7 @@ class Model:
         if cut:
             print(
                 f"warning: {len(cut)} of the {len(prompts)} prompts are longer than the {most} tokens that "
-                f"the text encoder reads; the rest of each is cut off. The first is {cut[0]!r}",
+                f"the text encoder reads; the rest of each is cut off. The first: {cut[0][:100]!r}",
                 file=sys.stderr,
             )
 

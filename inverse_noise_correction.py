@@ -687,13 +687,20 @@ def evaluate(flow, initial_noise, sigmas, reference, features, args):
 
 
 def find_enough_images(data, reference_share):
-    """The image files in the folder `data` and its subfolders, sorted; [] for "". Other files are counted in
-    one line. InputError if there is no such folder, or if the images are too few to split."""
+    """The image files in the folder `data` and its subfolders, sorted; [] for "". Hidden files and the
+    folders of runs are left out; other files are counted in one line. InputError if there is no such folder,
+    or if the images are too few to split."""
     if not data:
         return []
     if not Path(data).is_dir():
         raise InputError(f"--data {data}: no such folder")
-    found = sorted(f for f in Path(data).rglob("*") if f.is_file() and not f.name.startswith("."))
+    inside = {file.relative_to(data): file for file in sorted(Path(data).rglob("*")) if file.is_file()}
+    of_runs = {name.parent for name in inside if name.name == "args.json"} - {Path()}
+    found = [
+        file
+        for name, file in inside.items()
+        if not of_runs & set(name.parents) and not any(part.startswith(".") for part in name.parts)
+    ]
     files = [file for file in found if file.suffix.lower() in IMAGE_ENDINGS]
     endings = (file.suffix.lower() for file in found)
     others = Counter(ending or "without ending" for ending in endings if ending not in IMAGE_ENDINGS)

@@ -362,7 +362,7 @@ def test_prompts_that_are_cut_are_counted(script, arguments, monkeypatch):
     (line,) = [text for text in errors if "warning" in text]
     assert line == (
         "warning: 2 of the 7 prompts are longer than the 12 tokens that the text encoder reads; the rest of "
-        f"each is cut off. The first is {LONG + ' one'!r}"
+        f"each is cut off. The first: {LONG + ' one'!r}"
     )
 
 
@@ -478,6 +478,7 @@ def test_images_are_turned_as_exif_says(tmp_path):
 
 
 def test_files_that_are_passed_over_are_counted(tmp_path, capsys):
+    """Hidden files and what a run has written are no images of the data, and not worth a word."""
     save_images(tmp_path / "all", 10)
     for suffix in ("JPG", "tif", "tiff", "gif", "webp", "bmp"):
         save_images(tmp_path / "all" / suffix, 10, suffix)
@@ -486,6 +487,9 @@ def test_files_that_are_passed_over_are_counted(tmp_path, capsys):
     for name in ("a.heic", "b.HEIC", "metadata.jsonl", "notes"):
         (tmp_path / "all" / name).write_text("")
     (tmp_path / "all" / "._000.png").write_text("")  # macOS writes such files beside images
+    save_images(tmp_path / "all" / ".ipynb_checkpoints", 1)
+    save_images(tmp_path / "all" / "runs" / "one" / "accepted", 1)
+    (tmp_path / "all" / "runs" / "one" / "args.json").write_text("{}")
     assert len(find_enough_images(str(tmp_path / "all"), 0.5)) == 70
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(

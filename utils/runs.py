@@ -256,7 +256,7 @@ def check_inputs(resume: str, names: list) -> dict[str, str]:
     changed = [name for name in stored | hashes if stored.get(name) != hashes.get(name)]
     if changed:
         others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        happened = "changed" if changed[0] in stored and changed[0] in hashes else "added"
+        happened = "changed" if changed[0] in stored else "added"
         happened = happened if changed[0] in hashes else "removed"
         raise InputError(
             f"--resume {resume}: {changed[0]}{others} was {happened} after the run began; put that back, or "
