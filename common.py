@@ -7,10 +7,12 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -21,14 +23,14 @@ import torch
 import tyro
 
 from utils.processes import FIRST, LOCAL_SIZE
-from utils.runs import InputError
+from utils.runs import InputError, has_device
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDED = str(ROOT / "shapes" / "pipeline")  # the embedded Stable Diffusion
 LORA_FILE, SWITCH_FILE = "pytorch_lora_weights.safetensors", "pgraft.json"  # what graft.py, pgraft.py leave
 SINGLE_FILES = (".safetensors", ".ckpt")  # of a whole pipeline
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA if there is one
+Device = Literal["auto", "cpu", "cuda", "mps"]  # auto: CUDA or MPS if there is one
 Dtype = Literal["float32", "float16", "bfloat16"]
 SHAPES_REWARDS = "shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility"
 EMBEDDED_DEFAULTS = {"steps": 10, "guidance": 1.0, "eta": 1.0, "sample_batch": 64, "micro_batch": 64}
@@ -79,22 +81,25 @@ def with_family_defaults(args, **own_defaults):
 
 
 def check_device(device: str, dtype: str, prefix: str = "") -> str:
-    """The device that will be used, "cuda" or "cpu". InputError for what this machine cannot do.
+    """The device that will be used, "cuda", "mps" or "cpu". InputError for what this machine cannot do.
     prefix: of the flags."""
-    if device == "cuda" and not torch.cuda.is_available():
+    if not has_device(device):
         raise InputError(
-            f"--{prefix}device cuda: no CUDA device found; use --{prefix}device cpu, or install a CUDA build "
-            "of torch"
+            f"--{prefix}device {device}: no {device.upper()} device found; use --{prefix}device cpu, or "
+            f"install a build of torch with {device.upper()}"
         )
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "auto":
+        device = next((name for name in ("cuda", "mps") if has_device(name)), "cpu")
     if device == "cuda" and LOCAL_SIZE > torch.cuda.device_count():
         raise InputError(
             f"--nproc_per_node {LOCAL_SIZE}: this machine has {torch.cuda.device_count()} CUDA devices; "
             f"start as many processes, or use --{prefix}device cpu"
         )
-    if device == "cpu" and dtype == "float16":
+    if device != "cuda" and dtype == "float16":
+        place = "the CPU" if device == "cpu" else "MPS"
         raise InputError(
-            f"--{prefix}dtype float16 needs a CUDA device; on the CPU use --{prefix}dtype float32 or bfloat16"
+            f"--{prefix}dtype float16 needs a CUDA device; on {place} use --{prefix}dtype float32 or "
+            "bfloat16, in a new run if one has begun with float16"
         )
     return device
 
@@ -674,6 +679,24 @@ class Model:
         for encoder in encoders:
             encoder.to("cpu")
 
+    def warn_of_cut(self, prompts: list[str]) -> None:
+        """Print one line if prompts are longer than what the text encoders read (of several the one that
+        reads most): the pipelines drop the rest."""
+        parts, most, cut = self.pipeline.components.items(), 0, prompts
+        for tokenizer in (part for name, part in parts if name.startswith("tokenizer") and part is not None):
+            limit = tokenizer.model_max_length
+            if type(tokenizer).__name__.startswith("T5"):  # then the pipeline says how much it reads
+                parameters = inspect.signature(self.pipeline.encode_prompt).parameters
+                limit = parameters["max_sequence_length"].default
+            most = max(most, limit)
+            cut = [p for p, ids in zip(cut, tokenizer(cut).input_ids if cut else []) if len(ids) > limit]
+        if cut:
+            print(
+                f"warning: {len(cut)} of the {len(prompts)} prompts are longer than the {most} tokens that "
+                f"the text encoder reads; the rest of each is cut off. The first: {cut[0][:100]!r}",
+                file=sys.stderr,
+            )
+
     def split(self, text: torch.Tensor) -> tuple:
         """(token states (n, tokens, width), pooled embedding (n,
         pooled) or None) of what `encode` returned."""
@@ -723,7 +746,8 @@ class Model:
     def alpha_sigma(self, t: float | torch.Tensor) -> tuple:
         """alpha_t, sigma_t: sqrt(abar_t), sqrt(1 - abar_t); of a flow 1 - t / T, t / T. A negative t is the
         level after the last step. Floats for a number, float32 tensors for a tensor."""
-        at = torch.as_tensor(t, dtype=torch.float64)
+        t_cpu = t.cpu() if isinstance(t, torch.Tensor) else t  # MPS has no float64
+        at = torch.as_tensor(t_cpu, dtype=torch.float64)
         if self.prediction_type == "flow":
             sigma = at.clamp(min=0) / self.train_timesteps
             alpha = 1 - sigma

@@ -33,6 +33,10 @@ import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+if sys.version_info < (3, 11):  # noqa: UP036 (whoever runs an older one is to read why it fails)
+    print("error: Python 3.11 or newer is needed, this is", sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
+
 import torch
 from tqdm import tqdm
 
@@ -55,9 +59,10 @@ from common import (
 from rewards import diversity, image_statistics, read_rewards, score
 from utils.figures import GRID_IMAGES, save_curves, save_grid, shrink
 from utils.processes import gather, own_share, several_processes, sum_gradients
-from utils.prompts import TRAIN_PROMPTS, read_prompt_sets
+from utils.prompts import TRAIN_PROMPTS, prompt_files, read_prompt_sets
 from utils.runs import (
     InputError,
+    check_inputs,
     check_output,
     check_range,
     log_metrics,
@@ -79,7 +84,7 @@ class Args:
     seed: int = 0  # seed of the training run; evaluation images do not depend on it
     output: str = ""  # run folder; left out: runs/<script>__<model>__<seed>__<time>
     resume: str = ""  # run folder to continue; every other argument is taken from it
-    device: Device = "auto"  # auto: CUDA if there is one
+    device: Device = "auto"  # auto: CUDA or MPS if there is one
     dtype: Dtype = "float32"  # precision of the frozen model; the LoRA is always float32
 
     model: str = EMBEDDED  # folder or hub id of a pipeline, or one file: SD 1.x to 3.x, FLUX.1, FLUX.2 klein
@@ -442,22 +447,25 @@ def print_round(state, rounds, speed):
 
 def prepare(args):
     """Check all that needs no diffusion model, then load the rewards that are models. Returns (args without
-    gaps, training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
+    gaps, training prompts, held-out prompts, rewards, hashes of what the run reads): rewards[0] is optimised,
+    all are reported."""
     check_output(args.output, args.resume)
     args = with_family_defaults(args)
     args.device = check_device(args.device, args.dtype)
-    prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     rewards = read_rewards(args.reward, args.eval_rewards)
+    inputs = [args.model, args.model_config, *prompt_files(args.prompts, args.eval_prompts)]
+    inputs = check_inputs(args.resume, [*inputs, *(file for reward in rewards for file in reward.files())])
+    prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     for reward in rewards:
         reward.check_prompts(prompts, "--prompts")
         reward.check_prompts(held_out, "--eval_prompts")
     for reward in rewards:
         reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
-    return args, prompts, held_out, rewards
+    return args, prompts, held_out, rewards, inputs
 
 
 def main(args):
-    args, prompts, held_out, rewards = prepare(args)
+    args, prompts, held_out, rewards, inputs = prepare(args)
     # the indices of each round's prompts
     schedule = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
     model = load_model(args)
@@ -467,11 +475,13 @@ def main(args):
         model.denoiser.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     scaler = torch.amp.GradScaler(args.device, enabled=args.dtype == "float16")
-    folder = make_run_folder(args, "graft", args.model, args.seed)
+    folder = make_run_folder(args, "graft", args.model, args.seed, inputs)
     print(describe(args, model, len(schedule[0]), held_out, folder), flush=True)
 
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
-    model.remember(["", *held_out, *(prompts[i] for i in sorted({i for ids in schedule for i in ids}))])
+    texts = [*held_out, *(prompts[i] for i in sorted({i for ids in schedule for i in ids}))]
+    model.warn_of_cut(texts)
+    model.remember(["", *texts])
     # state: {round, rows, losses, accepted, seconds, tuned}; save() stores it with LoRA, optimiser and scaler
     state, save = restore(args, folder, model, optimizer, scaler)
     run_start = time.perf_counter() - state["seconds"]
@@ -550,11 +560,12 @@ def main(args):
             with model.lora_merged():
                 state["tuned"], tuned_images = evaluate(model, rewards, held_out, args, f"evaluate {r + 1}")
             row["reward_held_out"] = state["tuned"][args.reward].mean().item()
-            save_grid(folder / "grid.png", base_images, tuned_images, held_out, args.eval_samples)
         state["losses"] += losses
         state["round"] = r + 1
         model.save_lora(folder)
         log_metrics(folder, state["rows"], state["round"], time.perf_counter() - run_start)
+        if not math.isnan(row["reward_held_out"]):
+            save_grid(folder / "grid.png", base_images, tuned_images, held_out, args.eval_samples)
         base_reward = base[args.reward].mean().item()
         save_curves(folder / "curves.png", state["rows"], state["losses"], base_reward, args.reward)
         save()

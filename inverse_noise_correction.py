@@ -40,16 +40,21 @@ import copy
 import importlib.util
 import json
 import math
+import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+if sys.version_info < (3, 11):  # noqa: UP036 (whoever runs an older one is to read why it fails)
+    print("error: Python 3.11 or newer is needed, this is", sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -66,10 +71,11 @@ from common import (
     predict_velocity,
 )
 from shapes.flow_data import FLOW, WORLD, FeatureNet, draw
-from utils.figures import save_figure
+from utils.figures import Figure, keeps_the_run, save_figure
 from utils.images import read_images
 from utils.runs import (
     InputError,
+    check_inputs,
     check_output,
     check_range,
     load_checkpoint,
@@ -85,7 +91,7 @@ Normalise = Literal["auto", "scale", "gaussian"]
 Features = Literal["auto", "shapes", "pixels", "inception"]
 MOST_COVARIANCE = 4096  # numbers in an image; beyond, their covariance would be larger than any model here
 TRAIN_IMAGES = 20_000  # of the embedded world, to train the base on (control)
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 GAUSSIAN_FILE = "gaussian.safetensors"  # in the corrector's folder
 
 
@@ -96,7 +102,7 @@ class Args:
     seed: int = 0  # seed of the training run; evaluation noises and reference images do not depend on it
     output: str = ""  # run folder; left out: runs/<script>__<model>__<seed>__<time>
     resume: str = ""  # run folder to continue; every other argument is taken from it
-    device: Device = "auto"  # auto: CUDA if there is one; everything is computed in float32
+    device: Device = "auto"  # auto: CUDA or MPS if there is one; everything is computed in float32
 
     model: str = str(FLOW)  # folder with unet/ or transformer/, and scheduler/ (FlowMatchEulerDiscrete)
     data: str = ""  # folder of images; left out: the embedded world of shapes
@@ -253,12 +259,12 @@ def correct(velocity, noise, steps):
 def gaussian_of(z):
     """The Gaussian with the mean and covariance of z (n, ...), d the numbers in one: {"mean": (d,), "root" of
     the covariance and its "inverse": (d, d), both symmetric}."""
-    flat = z.flatten(1).double()  # (n, d)
+    flat = z.flatten(1).cpu().double()  # (n, d); MPS has no float64
     values, vectors = torch.linalg.eigh(torch.cov(flat.T).reshape(flat.shape[1], -1))
     values = values.clamp(min=1e-6 * values.max().item()).sqrt()
     gaussian = {"mean": flat.mean(0)}
     gaussian |= {"root": vectors * values @ vectors.T, "inverse": vectors / values @ vectors.T}
-    return {name: part.float() for name, part in gaussian.items()}
+    return {name: part.float().to(z.device) for name, part in gaussian.items()}
 
 
 def match_norms(eps, norms):
@@ -681,18 +687,33 @@ def evaluate(flow, initial_noise, sigmas, reference, features, args):
 
 
 def find_enough_images(data, reference_share):
-    """The image files in the folder `data` and its subfolders, sorted; [] for "". InputError if there is no
-    such folder, or if the images are too few to split."""
+    """The image files in the folder `data` and its subfolders, sorted; [] for "". Hidden files and the
+    folders of runs are left out; other files are counted in one line. InputError if there is no such folder,
+    or if the images are too few to split."""
     if not data:
         return []
     if not Path(data).is_dir():
         raise InputError(f"--data {data}: no such folder")
-    files = sorted(file for file in Path(data).rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
+    inside = {file.relative_to(data): file for file in sorted(Path(data).rglob("*")) if file.is_file()}
+    of_runs = {name.parent for name in inside if name.name == "args.json"} - {Path()}
+    found = [
+        file
+        for name, file in inside.items()
+        if not of_runs & set(name.parents) and not any(part.startswith(".") for part in name.parts)
+    ]
+    files = [file for file in found if file.suffix.lower() in IMAGE_ENDINGS]
+    endings = (file.suffix.lower() for file in found)
+    others = Counter(ending or "without ending" for ending in endings if ending not in IMAGE_ENDINGS)
+    counts = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
+    passed_over = f"{others.total()} files are passed over ({counts}); read are {' '.join(IMAGE_ENDINGS)}"
     reference = round(reference_share * len(files))
     if min(reference, len(files) - reference) < 20:
         raise InputError(
             f"--data {data}: {len(files)} images are too few, 20 to invert and 20 as reference are needed"
+            + f"; {passed_over}" * bool(others)
         )
+    if others:
+        print(f"warning: --data {data}: {passed_over}", file=sys.stderr)
     return files
 
 
@@ -799,6 +820,7 @@ def print_results(results):
         print(f"{name:<24}" + "".join(f"{value:>12.3f}" for value in values))
 
 
+@keeps_the_run
 def save_noise_figure(path, noises, statistics):
     """Distributions of {name: noises (n, channels, height, width)}; right: the deviation of the first by
     pixel. statistics: {name: noise_statistics of the noises}."""
@@ -821,6 +843,7 @@ def save_noise_figure(path, noises, statistics):
     save_figure(figure, path)
 
 
+@keeps_the_run
 def save_frechet_curve(path, rows, floor):
     """Frechet distance against operations an image, a line for each arm of the table's rows;
     floor: of data against data."""
@@ -837,6 +860,7 @@ def save_frechet_curve(path, rows, floor):
     save_figure(figure, path)
 
 
+@keeps_the_run
 def save_strips(path, strips):
     """{title: images (n, channels, height, width) in [-1, 1]}, a row of the figure each."""
     figure = Figure(figsize=(1.2 * max(map(len, strips.values())), 1.4 * len(strips)))
@@ -879,7 +903,8 @@ Image.fromarray(pixels.squeeze(2).numpy()).save("corrected.png")"""
 
 
 def prepare(args):
-    """Check all that needs no model and resolve "auto". Returns (shape of an image, files of --data)."""
+    """Check all that needs no model and resolve "auto". Returns (shape of an image, files of --data, hashes
+    of what the run reads)."""
     check_output(args.output, args.resume)
     args.device = check_device(args.device, "float32")
     if args.features == "auto":
@@ -888,16 +913,17 @@ def prepare(args):
     shape = check_flow(args.model)
     check_network(args.corrector_network, shape[1], "--corrector_network")
     check_images(args, shape)
-    return shape, find_enough_images(args.data, args.reference_share)
+    files = find_enough_images(args.data, args.reference_share)
+    return shape, files, check_inputs(args.resume, [args.model, *files])
 
 
 def main(args):
-    shape, files = prepare(args)
+    shape, files, inputs = prepare(args)
     images = load_images(args, shape, files)
     features = frechet_features(args.features, args.device, args.sample_batch)
     flow = Flow.load(args.model, args.device)
     sigmas = flow.grid(args.steps, args.grid_power)  # (N + 1,)
-    folder = make_run_folder(args, "inverse_noise_correction", args.model, args.seed)
+    folder = make_run_folder(args, "inverse_noise_correction", args.model, args.seed, inputs)
     state = load_checkpoint(folder) if args.resume else None
     state = state or {"corrector": {}, "longer": {}, "rows": [], "seconds": 0.0}
     run_start = time.perf_counter() - state["seconds"]

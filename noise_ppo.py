@@ -30,10 +30,15 @@ Choices that the paper leaves open
 
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+
+if sys.version_info < (3, 11):  # noqa: UP036 (whoever runs an older one is to read why it fails)
+    print("error: Python 3.11 or newer is needed, this is", sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
 
 import safetensors.torch
 import torch
@@ -41,6 +46,7 @@ from tqdm import tqdm
 
 from common import (
     EMBEDDED,
+    LORA_FILE,
     ROOT,
     SWITCH_FILE,
     Device,
@@ -62,9 +68,10 @@ from common import (
 from rewards import diversity, image_statistics, read_rewards, score
 from utils.figures import GRID_IMAGES, save_grid, save_panels, shrink
 from utils.processes import SIZE, gather, own_share, several_processes, sum_gradients
-from utils.prompts import TRAIN_PROMPTS, read_prompt_sets
+from utils.prompts import TRAIN_PROMPTS, prompt_files, read_prompt_sets
 from utils.runs import (
     InputError,
+    check_inputs,
     check_output,
     check_range,
     load_checkpoint,
@@ -93,7 +100,7 @@ class Args:
     seed: int = 0  # seed of the training run; evaluation images do not depend on it
     output: str = ""  # run folder; left out: runs/<script>__<model>__<seed>__<time>
     resume: str = ""  # run folder to continue; every other argument is taken from it
-    device: Device = "auto"  # auto: CUDA if there is one
+    device: Device = "auto"  # auto: CUDA or MPS if there is one
     dtype: Dtype = "float32"  # precision of the frozen model; the policy is always float32
 
     model: str = EMBEDDED  # folder or hub id of a pipeline, or one file: SD 1.x to 3.x, FLUX.1, FLUX.2 klein
@@ -568,7 +575,8 @@ pipe(prompt={prompt!r}, {settings}{callback}).images[0].save("learnt.png")"""
 
 def prepare(args):
     """Check all that needs no diffusion model, then load the rewards that are models. Returns (args without
-    gaps, training prompts, held-out prompts, rewards): rewards[0] is optimised, all are reported."""
+    gaps, training prompts, held-out prompts, rewards, hashes of what the run reads): rewards[0] is optimised,
+    all are reported."""
     check_output(args.output, args.resume)
     args = with_family_defaults(args, clip=DEFAULT_CLIP)
     args.device = check_device(args.device, args.dtype)
@@ -578,18 +586,21 @@ def prepare(args):
         switched = (Path(args.lora) / SWITCH_FILE).is_file()
         args.switch_timestep = read_switch(args.lora, "--switch_timestep") if switched else -1.0
         check_range(args, "switch_timestep", -1, 999)
-    prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     rewards = read_rewards(args.reward, args.eval_rewards)
+    inputs = [args.model, args.model_config, *prompt_files(args.prompts, args.eval_prompts)]
+    inputs += [Path(args.lora) / name for name in (LORA_FILE, SWITCH_FILE) if args.lora]
+    inputs = check_inputs(args.resume, [*inputs, *(file for reward in rewards for file in reward.files())])
+    prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     for reward in rewards:
         reward.check_prompts(prompts, "--prompts")
         reward.check_prompts(held_out, "--eval_prompts")
     for reward in rewards:
         reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
-    return args, prompts, held_out, rewards
+    return args, prompts, held_out, rewards, inputs
 
 
 def main(args):
-    args, prompts, held_out, rewards = prepare(args)
+    args, prompts, held_out, rewards, inputs = prepare(args)
     all_steps = sorted({args.steps, *args.eval_steps})
     model = load_model(args)
     if args.lora:
@@ -608,6 +619,7 @@ def main(args):
     schedule = schedule_prompts(len(prompts), args.prompts_per_iteration, args.iterations, args.seed)
     used = [prompts[i] for i in sorted({i for ids in schedule for i in ids})]
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
+    model.warn_of_cut([*held_out, *used])
     model.remember(["", *held_out, *used])
     tokens, width = text_features(model, [""]).shape[1:]
     policy_arguments = {"tokens": tokens, "width": width, "latent_shape": model.latent_shape}
@@ -617,7 +629,7 @@ def main(args):
     policy = NoisePolicy(**policy_arguments).to(args.device)
     policy.standardise(text_features(model, used))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
-    folder = make_run_folder(args, "noise_ppo", args.model, args.seed)
+    folder = make_run_folder(args, "noise_ppo", args.model, args.seed, inputs)
     print(describe(args, model, policy, len(schedule[0]), held_out, all_steps, folder), flush=True)
 
     state = load_checkpoint(folder) if args.resume else None
@@ -660,6 +672,12 @@ def main(args):
             model, rewards[:1], image_prompts, z, args.steps, args, f"sample {it + 1}"
         )
         reward = scores[args.reward]  # (n,)
+        group = reward.view(-1, args.samples)  # (prompts, samples)
+        if it == 0 and (group.amax(1) == group.amin(1)).all():
+            raise InputError(
+                f"--reward {args.reward}: no two images of a prompt had different rewards (the largest was "
+                f"{reward.max():.4g}), so there is nothing to learn; raise --samples or take another reward"
+            )
         advantage = advantages(reward, ids, args.normalise).to(args.device)  # (n,)
 
         # -------------------------------------------------------- UPDATE

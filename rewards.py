@@ -293,6 +293,11 @@ class Reward:
                 )
             self.parts.append((weight, name, function))
 
+    def files(self) -> list[str]:
+        """The files and folders that it reads: .py files, checkpoints on the disk."""
+        code = [name.rpartition(":")[0] for _, name, _ in self.parts if ".py:" in name]
+        return code + [checkpoint for _, checkpoint in self.models.values() if Path(checkpoint).is_dir()]
+
     def check_prompts(self, prompts: list[str], flag: str) -> None:
         """InputError if a shapes reward is to judge a prompt that it does not understand."""
         if any(name in REWARDS and name.startswith("shapes_") for _, name, _ in self.parts):

@@ -42,9 +42,10 @@ from common import (
 from graft import evaluate, guided_prediction
 from rewards import read_rewards, score
 from utils.figures import save_grid
-from utils.prompts import TRAIN_PROMPTS, read_prompt_sets
+from utils.prompts import TRAIN_PROMPTS, prompt_files, read_prompt_sets
 from utils.runs import (
     InputError,
+    check_inputs,
     check_output,
     check_range,
     log_metrics,
@@ -65,7 +66,7 @@ class Args:
     seed: int = 0  # seed of the training run; evaluation images do not depend on it
     output: str = ""  # run folder; left out: runs/<script>__<model>__<seed>__<time>
     resume: str = ""  # run folder to continue; every other argument is taken from it
-    device: Device = "auto"  # auto: CUDA if there is one
+    device: Device = "auto"  # auto: CUDA or MPS if there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen model; the LoRA is always float32
 
     model: str = EMBEDDED  # folder or hub id of a pipeline, or one file: SD 1.x to 3.x, FLUX.1, FLUX.2 klein
@@ -186,28 +187,31 @@ def sample_trajectories(model, noise, text, grid, args):
 
 def prepare(args):
     """Check all that needs no diffusion model, then load the rewards that are models.
-    Returns (args without gaps, training prompts, held-out prompts, rewards). rewards[0] is optimised."""
+    Returns (args without gaps, training prompts, held-out prompts, rewards, hashes of what the run reads).
+    rewards[0] is optimised."""
     check_output(args.output, args.resume)
     args = with_family_defaults(args, lr=LEARNING_RATES)
     args.device = check_device(args.device, args.dtype)
-    prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     rewards = read_rewards(args.reward, args.eval_rewards)
+    inputs = [args.model, args.model_config, *prompt_files(args.prompts, args.eval_prompts)]
+    inputs = check_inputs(args.resume, [*inputs, *(file for reward in rewards for file in reward.files())])
+    prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     for reward in rewards:
         reward.check_prompts(prompts, "--prompts")
         reward.check_prompts(held_out, "--eval_prompts")
     for reward in rewards:
         reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
-    return args, prompts, held_out, rewards
+    return args, prompts, held_out, rewards, inputs
 
 
 def main(args):
-    args, prompts, held_out, rewards = prepare(args)
+    args, prompts, held_out, rewards, inputs = prepare(args)
     model = load_model(args)
     grid = model.timesteps(args.steps)
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     schedule = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
-    folder = make_run_folder(args, "ddpo", args.model, args.seed)
+    folder = make_run_folder(args, "ddpo", args.model, args.seed, inputs)
     per_round = len(schedule[0]) * args.samples  # trajectories
     print(f"""DDPO -> {folder}
   sampling   {args.rounds} rounds x {len(schedule[0])} prompts x {args.samples} = {args.rounds * per_round} \
@@ -274,11 +278,12 @@ a round, clip {args.clip:g}, lr {args.lr:g}""")
                 state["tuned"], tuned_images = evaluate(model, rewards, held_out, args, f"evaluate {r + 1}")
             row["reward_held_out"] = state["tuned"][args.reward].mean().item()
             row["diversity_held_out"] = state["tuned"]["diversity"].mean().item()
-            save_grid(folder / "grid.png", base_images, tuned_images, held_out, args.eval_samples)
         state["rows"].append(row)
         state["round"] = r + 1
         model.save_lora(folder)
         log_metrics(folder, state["rows"], r + 1, time.perf_counter() - run_start)
+        if not math.isnan(row["reward_held_out"]):
+            save_grid(folder / "grid.png", base_images, tuned_images, held_out, args.eval_samples)
         save()
         print("  " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     write_results(folder, base, state["tuned"], args.reward, state["seconds"])

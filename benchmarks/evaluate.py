@@ -67,7 +67,7 @@ class Args:
     run: tyro.conf.Positional[str] = ""  # the run folder
     output: str = ""  # folder of the results; left out: runs/evaluate__<run folder>__<seed>__<time>
     resume: str = ""  # --output of an evaluation that was stopped: start it again there
-    device: Device | None = None  # auto: CUDA if there is one
+    device: Device | None = None  # auto: CUDA or MPS if there is one
     dtype: Dtype | None = None  # precision of the model
 
     model: str | None = None  # folder or hub id of the pipeline, if it has moved

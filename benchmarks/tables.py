@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -29,7 +28,7 @@ from noise_ppo import Args as NoiseArgs
 from run import ARMS, RESULTS, ROOT, load
 from shapes.render import PROMPT_FILES
 from shapes.train import CAPTIONS
-from utils.figures import save_figure
+from utils.figures import Figure, save_figure
 from utils.runs import print_table, write_atomically
 
 PART = re.compile(r"(<!-- generated: (.+?) -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)

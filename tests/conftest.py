@@ -417,6 +417,7 @@ def arguments_for(cls, argv: list[str]) -> list[str]:
 def run_inside(argv: list[str], script: str = "graft.py") -> tuple[int, str, str]:
     """Run a script in this process, as `python <script> <argv>` does. Returns (exit code, stdout, stderr)."""
     out, err, code, before = io.StringIO(), io.StringIO(), 0, sys.argv
+    on_interrupt = signal.getsignal(signal.SIGINT)  # a script that is interrupted ignores further ones
     try:
         sys.argv = [script, *argv]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -425,6 +426,7 @@ def run_inside(argv: list[str], script: str = "graft.py") -> tuple[int, str, str
         code = stop.code or 0
     finally:
         sys.argv = before
+        signal.signal(signal.SIGINT, on_interrupt)
     return code, out.getvalue(), err.getvalue()
 
 

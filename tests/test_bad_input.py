@@ -25,8 +25,9 @@ import noise_ppo
 import pgraft
 from common import LORA_FILE, check_flow, check_model, read_switch
 from conftest import ROOT, assert_one_line, run_inside, run_script
+from shapes.flow_data import FLOW
 from utils.prompts import read_prompt_sets, read_prompts
-from utils.runs import InputError, stored_arguments
+from utils.runs import InputError, hash_inputs, stored_arguments
 
 SD = '{"_class_name": "StableDiffusionPipeline"}'
 EULER = '{"_class_name": "FlowMatchEulerDiscreteScheduler"}'
@@ -350,15 +351,17 @@ def late_files(files, tiny_v, tmp_path_factory):
     torch.save({"round": 1, "rows": [{"loss": 1.0}] * 100}, folder / "checkpoint.pt")
     checkpoint = (folder / "checkpoint.pt").read_bytes()
     for script in SCRIPTS:
-        stored = {"images": 20, "eval_images": 20, "longer": False}
+        stored, inputs = {"images": 20, "eval_images": 20, "longer": False}, [FLOW]
         if script in TEXT.split():
             stored = {"prompts": str(files / "train.txt"), "eval_prompts": str(files / "held_out.txt")}
             stored |= {"model": tiny_v, "reward": "jpeg_compressibility"}
+            inputs = [stored[name] for name in ("model", "prompts", "eval_prompts")]
         cut = checkpoint[: len(checkpoint) // 2]
         for damage, content in {"cut": cut, "text": b"hello", "no_bytes": b""}.items():
             run = folder / f"{damage}_{script}"
             run.mkdir()
             (run / "args.json").write_text(json.dumps(stored | {"device": "cpu"}))
+            (run / "inputs.json").write_text(json.dumps(hash_inputs(inputs)))
             (run / "checkpoint.pt").write_bytes(content)
     return folder
 
@@ -573,7 +576,7 @@ PROMPT_FILES = {
     "missing.csv:words": "missing.csv:words: no such file; give",
     "one.txt:words": "one.txt:words: give a .txt file",
     "header.csv": "header.csv: holds no prompt; write",
-    "long.csv": "long.csv: is no proper .csv file",
+    "long.csv": "long.csv: the row on line 2 is no proper .csv row (field larger than field limit",
     "broken.jsonl": 'broken.jsonl: line 3 is not {"prompt": "..."}',
     "list.jsonl": 'list.jsonl: line 1 is not {"prompt": "..."}',
     "number.jsonl": 'number.jsonl: line 2 is not {"prompt": "..."}',

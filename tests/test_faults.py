@@ -145,8 +145,8 @@ def test_disk_error_while_writing(script, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content)
 
-    prompts = "a red circle left of a blue square\na green square above a red circle\n"
-    for name in ("train", "held_out"):
+    for name, shape in (("train", "circle"), ("held_out", "square")):
+        prompts = f"a red {shape} left of a blue square\na green square above a red {shape}\n"
         (tmp_path / f"{name}.txt").write_text(prompts)
     (tmp_path / "inside").mkdir()
     monkeypatch.chdir(tmp_path / "inside")

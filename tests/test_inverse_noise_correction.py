@@ -750,7 +750,7 @@ def finished(arguments, tmp_path_factory):
 
 def test_run_folder_and_metrics(finished):
     folder, out = finished
-    files = "args.json checkpoint.pt curve.png grid.png metrics.csv noise.png results.json .lock"
+    files = "args.json inputs.json checkpoint.pt curve.png grid.png metrics.csv noise.png results.json .lock"
     assert {p.name for p in folder.iterdir()} == {*files.split(), "tensorboard", "corrector", "inversion"}
     rows = read_metrics(folder)
     assert [row["update"] for row in rows] == ["0", "2", "4", "5"]

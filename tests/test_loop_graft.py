@@ -46,7 +46,7 @@ def test_the_best_of_each_prompt(tiny_v, tmp_path, monkeypatch):
     assert [row["images_trained_on"] for row in replay.rows] == [6, 12, 18]
     norms = [update.norm for updates in replay.updates.values() for update in updates]
     assert max(norms) < 1  # nothing is clipped
-    assert "warning" not in seen.error[0]
+    assert "--reward_max" not in seen.error[0]
 
 
 def test_interrupted_twice(tiny_epsilon, tmp_path, monkeypatch):

@@ -537,7 +537,7 @@ def finished(arguments, tmp_path_factory):
 def test_run_folder_and_metrics(finished):
     folder, out = finished
     images, files = "curves.png gain.png grid.png", "args.json checkpoint.pt metrics.csv noise_ppo.json"
-    files = f"{images} {files} policy.safetensors results.json tensorboard .lock"
+    files = f"{images} {files} policy.safetensors results.json tensorboard inputs.json .lock"
     assert {p.name for p in folder.iterdir()} == set(files.split())
     rows = read_metrics(folder)
     assert [row["iteration"] for row in rows] == ["1", "2", "3"]

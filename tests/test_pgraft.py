@@ -733,6 +733,7 @@ def test_run_folder(finished, models, tiny_v):
     assert {p.name for p in folder.iterdir()} == {
         *files.split(),
         LORA_FILE,
+        "inputs.json",
         "tensorboard",
         "accepted",
         ".lock",
@@ -771,6 +772,7 @@ def test_probe_stops_before_training(arguments, finished, run):
     assert (folder / "probe.csv").read_bytes() == (finished[0] / "probe.csv").read_bytes()
     assert {p.name for p in folder.iterdir()} == {
         "args.json",
+        "inputs.json",
         "checkpoint.pt",
         "probe.csv",
         "probe.png",

@@ -1,11 +1,19 @@
 """Figures of a run: grids of images, curves, panels. Plotting only; each is written atomically as PNG."""
 
+import functools
 import io
+import os
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
+
+if os.environ.get("MPLBACKEND"):  # as notebooks set it for their children, matplotlib refuses it at import
+    os.environ["MPLBACKEND"] = "agg"
+
+from matplotlib.figure import Figure
 
 from utils.processes import FIRST
 from utils.runs import write_atomically
@@ -23,6 +31,30 @@ def shrink(images: list[Image.Image], first: int) -> list[Image.Image]:
     return [i if i.size == size else i.resize(size) for i, size in zip(images, sizes)]
 
 
+def keeps_the_run(draw):
+    """Decorator of functions that draw to a path: what goes wrong in drawing is a warning, for a figure is
+    not worth the run. Errors of the disk stay errors."""
+
+    @functools.wraps(draw)
+    def guarded(path: Path, *args, **options):
+        try:
+            draw(path, *args, **options)
+        except OSError:
+            raise
+        except Exception as error:  # matplotlib raises many kinds
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"warning: {path} was not drawn ({reason}); the run goes on without it", file=sys.stderr)
+
+    return guarded
+
+
+def plain(text: str) -> str:
+    """A text of the user's for a figure, in which no sign means a formula; at most 150 characters of it."""
+    text = text if len(text) <= 150 else text[:149] + "…"
+    return text.replace("$", r"\$")
+
+
+@keeps_the_run
 def save_grid(
     path: Path,
     base: list[Image.Image],
@@ -40,13 +72,14 @@ def save_grid(
         for c in range(per_prompt):
             axes[r, c].imshow(base[r * per_prompt + c])
             axes[r, per_prompt + c].imshow(tuned[r * per_prompt + c])
-        axes[r, 0].set_title(prompts[r], fontsize=8, loc="left")
-    axes[0, per_prompt].set_title(title, fontsize=8, loc="left")
+        axes[r, 0].set_title(plain(prompts[r]), fontsize=8, loc="left")
+    axes[0, per_prompt].set_title(plain(title), fontsize=8, loc="left")
     for axis in axes.flat:
         axis.set_axis_off()
     save_figure(figure, path)
 
 
+@keeps_the_run
 def save_curves(path: Path, rows: list[dict], losses: list[float], base: float, reward: str) -> None:
     """Left: reward by round of accepted, sampled and held-out images (round 0: the base's).
     Right: loss by update."""
@@ -57,13 +90,14 @@ def save_curves(path: Path, rows: list[dict], losses: list[float], base: float, 
     held_out = {0: base} | {r["round"]: r["reward_held_out"] for r in rows}
     held_out = {r: reward for r, reward in held_out.items() if not np.isnan(reward)}
     left.plot(held_out.keys(), held_out.values(), "s-", label="held out, after the round")
-    left.set(xlabel="round", ylabel=reward, xticks=[r["round"] for r in rows])
+    left.set(xlabel="round", ylabel=plain(reward), xticks=[r["round"] for r in rows])
     left.legend()
     right.plot(losses, linewidth=0.8)
     right.set(xlabel="update", ylabel="denoising loss")
     save_figure(figure, path)
 
 
+@keeps_the_run
 def save_panels(path: Path, panels: list[tuple[str, str, dict]], log_x: bool = False) -> None:
     """Panels side by side, each (x label, y label, {line: (x, y) or (x, y, standard errors)}).
     NaN is left out."""
@@ -72,8 +106,9 @@ def save_panels(path: Path, panels: list[tuple[str, str, dict]], log_x: bool = F
         for label, columns in lines.items():
             points = [point for point in zip(*columns) if not np.isnan(point[1])]
             if points:
-                axis.errorbar(*zip(*points), fmt="o-", markersize=3, linewidth=1, capsize=2, label=label)
-        axis.set(xlabel=x_label, ylabel=y_label)
+                style = {"fmt": "o-", "markersize": 3, "linewidth": 1, "capsize": 2}
+                axis.errorbar(*zip(*points), **style, label=plain(label))
+        axis.set(xlabel=plain(x_label), ylabel=plain(y_label))
         if log_x:
             ticks = sorted({x for columns in lines.values() for x in columns[0]})
             axis.set(xscale="log", xticks=ticks, xticklabels=ticks)
@@ -87,5 +122,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     if not FIRST:
         return
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # characters that the font lacks are drawn as boxes
+        figure.savefig(buffer, dpi=110, bbox_inches="tight", metadata={"Software": None})
     write_atomically(path, buffer.getvalue())

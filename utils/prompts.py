@@ -17,7 +17,7 @@ def read_prompt_sets(file: str, eval_file: str) -> tuple[list[str], list[str]]:
     prompt of --prompts is held out; TRAIN_PROMPTS goes with EVAL_PROMPTS. InputError for a bad file or too
     few prompts."""
     prompts = read_prompts(file, "--prompts")
-    if eval_file or file == TRAIN_PROMPTS:
+    if len(prompt_files(file, eval_file)) > 1:
         held_out = read_prompts(eval_file or EVAL_PROMPTS, "--eval_prompts")
     else:
         prompts, held_out = [p for i, p in enumerate(prompts) if i % 10], prompts[::10]
@@ -28,6 +28,12 @@ def read_prompt_sets(file: str, eval_file: str) -> tuple[list[str], list[str]]:
     return prompts, held_out
 
 
+def prompt_files(file: str, eval_file: str) -> list[str]:
+    """The files that read_prompt_sets reads."""
+    eval_file = eval_file or (EVAL_PROMPTS if file == TRAIN_PROMPTS else "")
+    return [split_column(name)[0] for name in (file, eval_file) if name]
+
+
 def read_prompts(file: str, flag: str) -> list[str]:
     """The prompts of a file, in order. InputError, naming `flag`, if there are none.
 
@@ -35,9 +41,7 @@ def read_prompts(file: str, flag: str) -> list[str]:
     left out, it is the first of PROMPT_COLUMNS there is, in any case. A .tsv file has no quoting: in
     PartiPrompts.tsv a quotation mark at the start belongs to the prompt.
     """
-    name, _, column = file.rpartition(":")
-    if Path(name).suffix not in (".csv", ".tsv", ".jsonl"):
-        name, column = file, ""
+    name, column = split_column(file)
     path, suffix = Path(name), Path(name).suffix
     if suffix not in (".txt", ".csv", ".tsv", ".jsonl"):
         raise InputError(
@@ -68,12 +72,7 @@ def read_prompts(file: str, flag: str) -> list[str]:
                     example = f'{{"{column or "prompt"}": "..."}}'
                     raise InputError(f"{flag} {file}: line {number} is not {example}") from None
     else:
-        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
-        try:
-            reader = csv.DictReader(lines, **options)
-            columns, rows = reader.fieldnames or [], list(reader)
-        except csv.Error as error:
-            raise InputError(f"{flag} {file}: is no proper {suffix} file ({error})") from None
+        columns, rows = read_table(lines, suffix, f"{flag} {file}")
         chosen = column or choose_column(columns)
         if rows and chosen not in columns:
             raise InputError(
@@ -86,6 +85,40 @@ def read_prompts(file: str, flag: str) -> list[str]:
     if not prompts:
         raise InputError(f"{flag} {file}: holds no prompt; write at least one into it, or give another file")
     return prompts
+
+
+def split_column(file: str) -> tuple[str, str]:
+    """(name of the file, column or "") of file.csv:column."""
+    name, _, column = file.rpartition(":")
+    return (name, column) if Path(name).suffix in (".csv", ".tsv", ".jsonl") else (file, "")
+
+
+def read_table(lines: list[str], suffix: str, prefix: str) -> tuple[list[str], list[dict]]:
+    """(columns, rows) of a .csv or .tsv file; a row with too few fields has None in the others. InputError,
+    after `prefix`, naming the line, for a quotation mark without its second one, or more fields than columns.
+    """
+    options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {"strict": True}
+    reader, rows, line = csv.reader(lines, **options), [], 1
+    try:
+        columns = next(reader, [])
+        line = reader.line_num + 1  # on which the next row begins
+        for fields in reader:
+            if len(fields) > len(columns):
+                sign = "tabs are" if suffix == ".tsv" else "commas are"
+                cure = "take them out" if suffix == ".tsv" else 'write it in quotation marks, "like, this"'
+                raise InputError(
+                    f"{prefix}: line {line} has {len(fields)} fields, the first line has {len(columns)}; if "
+                    f"{sign} part of a prompt, {cure}, or give a .txt file (one prompt a line)"
+                )
+            if fields:
+                rows.append(dict.fromkeys(columns) | dict(zip(columns, fields)))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(
+            f"{prefix}: the row on line {line} is no proper {suffix} row ({error}); close its quotation "
+            "marks and double those that are part of a prompt, or give a .txt file (one prompt a line)"
+        ) from None
+    return columns, rows
 
 
 def choose_column(columns) -> str | None:

@@ -8,10 +8,13 @@ import argparse
 import csv
 import dataclasses
 import errno
+import hashlib
 import io
 import json
 import os
 import re
+import shlex
+import signal
 import sys
 import threading
 import time
@@ -21,6 +24,7 @@ import zipfile
 from pathlib import Path
 
 import filelock
+import huggingface_hub as hub
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
@@ -38,7 +42,10 @@ from utils.processes import (
     start_processes,
 )
 
-LOCK_FILE = ".lock"  # in the run folder
+LOCK_FILE, INPUTS_FILE = ".lock", "inputs.json"  # in the run folder
+DEVICES = ("device", "reward_device")  # settings that do not belong to a run
+MODEL_ENDINGS = (".json", ".txt", ".model", ".safetensors", ".bin", ".pth", ".pt")  # of a model's files
+HASHED_BYTES = 64 * 2**20  # of a file: reading all of a large model would take minutes
 # what a full, read-only or broken disk says; anything else is a bug
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some network file systems
@@ -63,7 +70,8 @@ def check_range(args, name: str, least: float, most: float) -> None:
 def parse_arguments(args_class, argv: list[str] | None = None):
     """Command line -> args_class, by tyro, which exits with code 2 if it cannot read the line.
 
-    With --resume the stored arguments are the defaults. InputError if another value is given beside it.
+    With --resume the stored arguments are the defaults. InputError if another value is given beside it, but
+    for DEVICES: a run goes on on another device, and on one that is there.
     """
 
     options = {"args": argv, "use_underscores": True, "config": (tyro.conf.DisallowNone,)}
@@ -74,10 +82,15 @@ def parse_arguments(args_class, argv: list[str] | None = None):
     if not folder:
         return tyro.cli(args_class, **options)
     stored = stored_arguments(args_class, folder)
-    args = tyro.cli(args_class, default=stored, **options)
+    missing = [name for name in DEVICES if not has_device(getattr(stored, name, "cpu"))]
+    default = dataclasses.replace(stored, **dict.fromkeys(missing, "auto"))
+    args = tyro.cli(args_class, default=default, **options)
     for field in dataclasses.fields(args_class):
         given, kept = getattr(args, field.name), getattr(stored, field.name)
-        if given != kept:
+        if given != kept and field.name in DEVICES:
+            there = "the device there is" if given == "auto" else given
+            print(f"--{field.name}: the run in {folder} began on {kept} and goes on on {there}", flush=True)
+        elif given != kept:
             raise InputError(
                 f"--{field.name} {given} differs from the run in {folder} ({kept}): "
                 "leave it out, or start a new run"
@@ -107,6 +120,12 @@ def stored_arguments(args_class, folder: str):
         ) from None
 
 
+def has_device(name: str) -> bool:
+    """Whether this machine can use the device "cuda" or "mps"; True for "cpu" and "auto"."""
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    return name not in backends or backends[name].is_available()
+
+
 def has_type(value, kind) -> bool:
     """Whether a value from JSON suits the type of a dataclass field."""
     choices = typing.get_args(kind)
@@ -125,6 +144,8 @@ def run_script(main, args_class, shared: bool = False) -> None:
     InputError, a full or read-only disk and lack of memory end the program with one line and exit code 2;
     Ctrl-C with 130. The line says how to continue the run, if there is one. An error in one process ends all.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot print a character gets \\x.. for it
+        sys.stdout.reconfigure(errors="backslashreplace")
     # tensorboard's thread prints an OSError that is raised in the main thread too
     threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     try:
@@ -143,6 +164,8 @@ def run_script(main, args_class, shared: bool = False) -> None:
     except SystemExit as stop:  # tyro has printed what was wrong, or the help
         leave(stop.code or 0)
     except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program is ending: another Ctrl-C says nothing
         text, code = last_words(error)
         reports = FIRST if isinstance(error, KeyboardInterrupt) else first_to_report()
         if reports and text:
@@ -167,8 +190,9 @@ def last_words(error: BaseException) -> tuple[str, int]:
         return f"error: out of memory ({message}): lower the batch sizes", 2
     folder = Path(LOCKS[0].lock_file).parent if LOCKS else None
     begun = folder and (folder / "args.json").is_file()
-    start = f"torchrun --nproc_per_node {LOCAL_SIZE}" if LAUNCHED else "python"
-    hint = f"Continue with: {start} {sys.argv[0]} --resume {folder}" if begun else "Nothing was written."
+    start = ["torchrun", "--nproc_per_node", str(LOCAL_SIZE)] if LAUNCHED else ["python"]
+    command = shlex.join([*start, sys.argv[0], "--resume", str(folder)])
+    hint = f"Continue with: {command}" if begun else "Nothing was written."
     hint = hint if FIRST else ""  # only the first process knows
     if isinstance(error, KeyboardInterrupt):
         return f"\ninterrupted. {hint}", 130
@@ -196,15 +220,16 @@ def check_output(output: str, resume: str) -> None:
         return
     if (path / "args.json").is_file():
         raise InputError(
-            f"--output {output}: holds a run already; continue it with --resume {output}, or give a new one"
+            f"--output {output}: holds a run already; continue it with --resume {shlex.quote(output)}, or "
+            "give a new one"
         )
     raise InputError(f"--output {output}: exists and is not a run; give a new folder")
 
 
-def make_run_folder(args, script: str, model: str, seed: int) -> Path:
+def make_run_folder(args, script: str, model: str, seed: int, inputs: dict | None = None) -> Path:
     """The folder of this run, with args.json: --resume, --output, or a new one under runs/. It is locked
-    until the process ends or makes another. InputError if another process has it. Under torchrun only the
-    first process makes and locks it."""
+    until the process ends or makes another. inputs: what check_inputs returned, stored in inputs.json.
+    InputError if another process has the folder. Under torchrun only the first process makes and locks it."""
     default = f"runs/{script}__{Path(model).name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.resume or args.output or default)
     while WRITERS:
@@ -223,6 +248,8 @@ def make_run_folder(args, script: str, model: str, seed: int) -> Path:
         raise InputError(
             f"--output {folder}: cannot be written ({error.strerror}); give another folder"
         ) from None
+    if inputs is not None and not (folder / INPUTS_FILE).exists():
+        write_json(folder / INPUTS_FILE, inputs)
     return folder
 
 
@@ -246,6 +273,60 @@ def lock(folder: Path, flag: str) -> None:
             f"warning: {folder} cannot be locked ({error.strerror}); start no second run in it",
             file=sys.stderr,
         )
+
+
+# ---------------------------------------------------------------- what a run reads
+
+
+def check_inputs(resume: str, names: list) -> dict[str, str]:
+    """hash_inputs of what a run reads. InputError, naming the file, if one differs from what the run in the
+    folder `resume` began with; one line if that run has stored no hashes."""
+    hashes = hash_inputs(names)
+    if not resume:
+        return hashes
+    path = Path(resume) / INPUTS_FILE
+    if not path.is_file():
+        print(
+            f"warning: --resume {resume}: has no {INPUTS_FILE}, as older runs: whether its prompts, images, "
+            "rewards and model are those that it began with is not known; from now on it is checked",
+            file=sys.stderr,
+        )
+        return hashes
+    try:
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise InputError(f"--resume {resume}: {INPUTS_FILE} is damaged; start a new run") from None
+    changed = [name for name in stored | hashes if stored.get(name) != hashes.get(name)]
+    if changed:
+        others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        happened = "changed" if changed[0] in stored else "added"
+        happened = happened if changed[0] in hashes else "removed"
+        raise InputError(
+            f"--resume {resume}: {changed[0]}{others} was {happened} after the run began; put that back, or "
+            "start a new run"
+        )
+    return hashes
+
+
+def hash_inputs(names: list) -> dict[str, str]:
+    """{file: SHA-256 of its size and its first HASHED_BYTES} of the files `names`, and of the model files in
+    those that are folders and in their subfolders. Of a hub id {id: its commit in the cache}."""
+    hashes = {}
+    for name in (str(name) for name in names if str(name)):
+        files = [Path(name)] if Path(name).is_file() else []
+        if Path(name).is_dir():
+            folders = [Path(name), *(f for f in Path(name).iterdir() if f.is_dir())]
+            folders = (f for f in folders if not (f / "args.json").exists())  # a run
+            inside = (file for folder in folders for file in folder.iterdir())
+            files = sorted(file for file in inside if file.suffix in MODEL_ENDINGS and file.is_file())
+        elif not files and re.fullmatch(r"[\w.-]+/[\w.-]+", name):  # perhaps an id of the hub
+            cached = hub.try_to_load_from_cache(name, "model_index.json")
+            hashes |= {name: Path(cached).parent.name} if isinstance(cached, str) else {}
+        for file in files:
+            with open(file, "rb") as content:
+                digest = hashlib.sha256(f"{file.stat().st_size} ".encode() + content.read(HASHED_BYTES))
+            hashes[str(file)] = digest.hexdigest()
+    return hashes
 
 
 # ---------------------------------------------------------------- files that are whole or not there
