@@ -644,6 +644,12 @@ def main(args):
             model, rewards[:1], image_prompts, z, args.steps, args, f"sample {it + 1}"
         )
         reward = scores[args.reward]  # (n,)
+        groups = reward.view(-1, args.samples)  # (prompts, samples)
+        if (groups == groups[:, :1]).all():
+            raise InputError(
+                f"iteration {it + 1}: all images of a prompt had equal rewards, {reward.mean():.4g} on the "
+                "mean, so nothing can be learnt; raise --samples or take another --reward"
+            )
         advantage = advantages(reward, ids, args.normalise).to(args.device)  # (n,)
 
         # -------------------------------------------------------- UPDATE

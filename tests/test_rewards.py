@@ -191,8 +191,8 @@ def test_bad_results(tmp_path, body, culprit):
     "body, culprit",
     [
         ("raise KeyError('embedding')", "KeyError: 'embedding'"),
-        ("return None", "Error"),
-        ("return ['good'] * len(images)", "Error"),
+        ("return None", "returned None; a reward returns a number for each image"),
+        ("return ['good'] * len(images)", "returned a list of str; a reward returns a number"),
     ],
 )
 def test_failing_user_function(tmp_path, body, culprit):
