@@ -29,7 +29,7 @@ from common import (
     Dtype,
     Model,
     check_device,
-    check_lora,
+    find_lora,
     read_switch,
     stock_call,
     stock_code,
@@ -135,7 +135,7 @@ def read_run(args):
     if method != "noise_ppo" and lora:
         raise InputError(f"--lora {lora}: is of a noise policy; leave it out")
     if lora:
-        check_lora(lora, "--lora")
+        find_lora(lora, "--lora")
     if method == "pgraft" and args.switch is None:
         read_switch(args.run, "the level with --switch")  # again with the model, which takes longer
     return settings, method

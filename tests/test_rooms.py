@@ -173,7 +173,7 @@ def fields(name):
     "name, own",  # own: settings of this script and of graft.py that mean something else or differ by default
     [
         ("pgraft", {"eta"}),
-        ("noise_ppo", {"dtype", "eval_every", "steps", "samples", "lr"}),
+        ("noise_ppo", {"dtype", "lora", "eval_every", "steps", "samples", "lr"}),
         (
             "inverse_noise_correction",
             {"seed", "device", "model", "steps", "sample_batch", "updates", "batch", "lr"},
