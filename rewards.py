@@ -12,9 +12,11 @@ weighted sum of such: "0.7*pickscore+0.3*my.py:score". Nothing inside parenthese
 
 import copy
 import functools
+import importlib.util
 import inspect
 import io
 import math
+import re
 import traceback
 import zlib
 from pathlib import Path
@@ -66,9 +68,59 @@ def jpeg_incompressibility(images: list[Image.Image], prompts: list[str]) -> tor
     return torch.tensor([jpeg_kilobytes(i) for i in images])
 
 
+OCR_PACKAGES = ("rapidocr", "onnxruntime")  # not in requirements.txt
+QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
+
+
+def target_text(prompt: str) -> str:
+    """The text that an image of the prompt is to show, in lower case without spaces: the column `target` of
+    its row, or else what stands between its first quotation marks. "" if there is none."""
+    texts = [getattr(prompt, "metadata", {}).get("target"), *map("".join, QUOTED.findall(prompt))]
+    text = next((str(text) for text in texts if text), "")
+    return "".join(text.split()).lower()
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: the least number of letters to insert, delete or replace."""
+    row = list(range(len(b) + 1))  # of the first i letters of a to the first j of b
+    for i, letter in enumerate(a, 1):
+        before, row = row, [i]
+        for j, other in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (letter != other)))
+    return row[-1]
+
+
+def text_score(seen: str, wanted: str) -> float:
+    """1 if `wanted` is a part of `seen`, else 1 - edit distance / length of `wanted`, at least 0. Both in
+    lower case, without spaces. As in Flow-GRPO (arXiv 2505.05470)."""
+    if wanted in seen:
+        return 1.0
+    return 1 - min(edit_distance(seen, wanted), len(wanted)) / len(wanted)
+
+
+@functools.cache
+def text_reader():
+    """RapidOCR's detector and recogniser, without its classifier of upside-down lines. Their models are in
+    the package."""
+    from rapidocr import RapidOCR
+
+    return RapidOCR(params={"Global.use_cls": False, "Global.log_level": "critical"})
+
+
+def ocr(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+    """How well the image shows the text that the prompt asks for, in [0, 1]: text_score of target_text and
+    all lines that are read, from top to bottom."""
+    scores = []
+    for image, prompt in zip(images, prompts):
+        pixels = np.asarray(image.convert("RGB"))[..., ::-1]  # (height, width, 3), blue first
+        lines = text_reader()(np.ascontiguousarray(pixels)).txts or ()
+        scores.append(text_score("".join("".join(lines).split()).lower(), target_text(prompt)))
+    return torch.tensor(scores)
+
+
 REWARDS = {
     f.__name__: f
-    for f in (shapes_strict, shapes_graded, shapes_fit, jpeg_compressibility, jpeg_incompressibility)
+    for f in (shapes_strict, shapes_graded, shapes_fit, jpeg_compressibility, jpeg_incompressibility, ocr)
 }
 
 
@@ -386,6 +438,11 @@ class Reward:
             model, _, checkpoint = name.removesuffix(")").partition("(")
             if name in REWARDS:
                 function = REWARDS[name]
+                missing = [p for p in OCR_PACKAGES if name == "ocr" and not importlib.util.find_spec(p)]
+                if missing:
+                    raise InputError(
+                        f"{flag} {spec}: needs the package {missing[0]}; pip install {' '.join(OCR_PACKAGES)}"
+                    )
             elif model in MODELS and name in (model, f"{model}({checkpoint})"):
                 function, self.models[name] = None, (model, checkpoint if name != model else MODELS[model][1])
                 if not is_checkpoint(self.models[name][1]):
@@ -402,7 +459,15 @@ class Reward:
             self.parts.append((weight, name, function))
 
     def check_prompts(self, prompts: list[str], flag: str) -> None:
-        """InputError if a shapes reward is to judge a prompt that it does not understand."""
+        """InputError if a shapes reward is to judge a prompt that it does not understand, or ocr one without
+        a text."""
+        if any(name == "ocr" for _, name, _ in self.parts):
+            for prompt in prompts:
+                if not target_text(prompt):
+                    raise InputError(
+                        f"{flag}: {str(prompt)!r} has no text for {self.flag} ocr; put it in quotation "
+                        "marks, or into a column `target`"
+                    )
         if any(name in REWARDS and name.startswith("shapes_") for _, name, _ in self.parts):
             for prompt in prompts:
                 try:
@@ -419,6 +484,11 @@ class Reward:
         for i, (weight, name, own) in enumerate(self.parts):
             if isinstance(own, OwnReward):
                 own.load(device)
+            if name == "ocr":
+                try:
+                    text_reader()
+                except Exception as error:  # a broken package may raise anything
+                    raise InputError(f"{self.flag} {self.spec}: rapidocr does not load ({error})") from None
             if name in self.models:
                 model, checkpoint = self.models[name]
                 try:

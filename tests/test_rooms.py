@@ -209,7 +209,7 @@ def test_shared_checks_of_settings_are_equal():
 
 
 PACKAGES = {"PIL": "pillow"}  # imported under another name
-OPTIONAL = {"torch_fidelity"}  # the script that wants it says so
+OPTIONAL = {"torch_fidelity", "rapidocr"}  # the script that wants it says so
 
 
 @pytest.mark.parametrize("name", FILES)
