@@ -191,7 +191,7 @@ def make_run_folder(args, script: str, model: str, seed: int) -> Path:
 def lengthen(folder: Path, args) -> None:
     """Store that a resumed run has more rounds, if it has. The results of the fewer rounds are kept."""
     stored = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-    if stored[LONGER] < getattr(args, LONGER):
+    if LONGER in stored and stored[LONGER] < getattr(args, LONGER):
         if (folder / "results.json").exists():
             os.replace(folder / "results.json", folder / f"results_{stored[LONGER]}_{LONGER}.json")
         write_json(folder / "args.json", stored | {LONGER: getattr(args, LONGER)})
