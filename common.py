@@ -12,7 +12,9 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -801,20 +803,44 @@ class Model:
             parameter.data = parameter.data.float()
         return list(self.lora().values())
 
-    def load_lora(self, folder: str) -> None:
-        """Load the LoRA of a run, in place of add_lora.
-        InputError if the file is damaged or belongs to another model."""
+    def load_lora(self, source: str) -> list[torch.nn.Parameter]:
+        """Load a LoRA, float32, in place of add_lora; returns its parameters. Rank, alpha, layers are those
+        of the file. source: as in find_lora. InputError if the file is damaged, or if the stock loader would
+        leave a part of it out."""
+        from diffusers.utils import convert_unet_state_dict_to_peft
         from safetensors.torch import load_file
 
+        file = find_lora(source, "--lora")
         try:
-            self.pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name="default")
-            stored = len(load_file(Path(folder) / LORA_FILE))
+            names = [name for name in load_file(file) if not name.endswith(".alpha")]
         except Exception as error:  # a damaged file makes the loaders raise many kinds
-            raise InputError(f"{folder}/{LORA_FILE}: cannot be loaded ({error})") from None
-        if len(self.lora()) != stored:
+            raise InputError(f"{file}: cannot be loaded ({error})") from None
+        of_text = sum(name.startswith(("lora_te", "text_encoder")) for name in names)
+        if of_text:
             raise InputError(
-                f"{folder}/{LORA_FILE}: only {len(self.lora())} of its {stored} tensors fit the model"
+                f"{file}: {of_text} of its {len(names)} tensors are of a text encoder; give a LoRA of the "
+                f"{self.part} alone (of kohya's scripts: --network_train_unet_only)"
             )
+        try:
+            options = {"unet_config": self.denoiser.config, "return_lora_metadata": True}
+            state = self.pipeline.lora_state_dict(str(file), **options)[0]
+            with warnings.catch_warnings(action="ignore"):  # of what is refused below
+                self.pipeline.load_lora_weights(str(file), adapter_name="default")
+        except Exception as error:
+            raise InputError(f"{file}: cannot be loaded ({error})") from None
+        state = {name.removeprefix(f"{self.part}."): value for name, value in state.items()}
+        if not any("lora_A" in name for name in state):
+            state = convert_unet_state_dict_to_peft(state)
+        state = {
+            re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name): v for name, v in state.items()
+        }
+        fit = state.keys() & self.lora().keys()
+        if not len(fit) == len(names) == len(self.lora()):
+            raise InputError(f"{file}: only {len(fit)} of its {len(names)} tensors fit the model")
+        for name, parameter in self.lora().items():  # the loader has rounded them to the model's precision
+            parameter.data = state[name].to(parameter.device, torch.float32)
+            parameter.requires_grad_(True)
+        return list(self.lora().values())
 
     def lora(self) -> dict[str, torch.nn.Parameter]:
         """The LoRA's parameters by name."""
@@ -867,12 +893,33 @@ class Model:
 # ---------------------------------------------------------------- what a tuned run left
 
 
-def check_lora(folder: str, flag: str) -> None:
-    """InputError, naming `flag`, if there is no LoRA in the folder."""
-    if not (Path(folder) / LORA_FILE).is_file():
+def find_lora(source: str, flag: str) -> Path:
+    """The file of a LoRA. source: that file, or a folder that holds LORA_FILE or one other .safetensors file.
+    InputError, naming `flag`, if there is none."""
+    path = Path(source)
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    files = sorted(path.glob("*.safetensors"))
+    files = [path / LORA_FILE] if path / LORA_FILE in files else files
+    if len(files) != 1:
+        found = f"holds {len(files)} .safetensors files" if files else f"has no {LORA_FILE}"
         raise InputError(
-            f"{flag} {folder}: has no {LORA_FILE}; give the folder of a finished graft.py or pgraft.py run"
+            f"{flag} {source}: {found}; give the folder of a finished graft.py or pgraft.py run, or one "
+            ".safetensors file"
         )
+    return files[0]
+
+
+def check_start(args) -> Path | None:
+    """The folder of --lora, from which the tuning starts; None without. InputError if there is no LoRA, or if
+    a setting is given that comes from its file."""
+    if not args.lora:
+        return None
+    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+        value = getattr(args, name)
+        if value != getattr(type(args), name) and not args.resume:  # a stored run has its defaults filled in
+            raise InputError(f"--{name} {value}: comes from the file of --lora; leave it out")
+    return find_lora(args.lora, "--lora").parent
 
 
 def read_switch(folder: str, instead: str, model: Model | None = None) -> float:

@@ -43,11 +43,13 @@ from tqdm import tqdm
 from common import (
     DTYPES,
     EMBEDDED,
+    SWITCH_FILE,
     Device,
     Dtype,
     by_family,
     check_device,
     check_finite,
+    check_start,
     derived_seed,
     draw_noise,
     load_model,
@@ -92,6 +94,7 @@ class Args:
     t5: bool = True  # SD 3: load the third text encoder, 10 GB, which reads long prompts better
     height: int | None = None  # of the images in pixels; None: as the stock pipeline has it
     width: int | None = None
+    lora: str = ""  # LoRA to start from: a folder or .safetensors file, also of diffusers or kohya's scripts
     prompts: str = TRAIN_PROMPTS  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts
     eval_samples: int = 4  # images per held-out prompt
@@ -382,13 +385,20 @@ def describe(args, model, per_round, held_out, folder):
     if args.rule in RANKING:  # then it does not depend on the rewards
         group, best = (args.samples, args.top_k) if args.rule == "topk" else (2, 1)
         kl = f"{implied_kl(group, best):.2f} nats if no rewards tie"
-    reference = "base" if args.reference == "base" or args.rounds == 1 else "model of the round"
+    reference = (
+        "base" if args.reference == "base" or args.rounds == 1 and not args.lora else "model of the round"
+    )
     guided = "" if args.guidance == 1 else ", guided loss" if args.guided_loss else ", conditional loss"
+    lora = f"rank {args.lora_rank}, alpha {args.lora_alpha:g}, {args.lora_targets}"
+    if args.lora:
+        config = model.denoiser.peft_config["default"]
+        most = " in most layers" if config.rank_pattern or config.alpha_pattern else ""
+        lora = f"started from {args.lora}, rank {config.r}, alpha {config.lora_alpha:g}{most}"
     size = sum(p.numel() for p in model.lora().values())
     images, updates = args.rounds * per_round * args.samples, args.rounds * args.updates
     return f"""GRAFT -> {folder}
   model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}{several_processes()}
-  LoRA       rank {args.lora_rank}, alpha {args.lora_alpha:g}, {args.lora_targets}: {size:,} parameters
+  LoRA       {lora}: {size:,} parameters
   sampling   {args.rounds} rounds x {per_round} prompts x {args.samples} = {images} images, \
 {args.steps} steps, guidance {args.guidance:g}, eta {args.eta:g}
   acceptance {rules.get(args.rule, args.rule)} by {args.reward}; KL(accepted || {reference}) {kl}
@@ -450,10 +460,16 @@ def prepare(args):
     gaps, training prompts, held-out prompts, rewards, hashes of what the run reads): rewards[0] is optimised,
     all are reported."""
     check_output(args.output, args.resume)
+    lora_folder = check_start(args)
+    if lora_folder and (lora_folder / SWITCH_FILE).is_file():
+        raise InputError(
+            f"--lora {args.lora}: is of pgraft.py, for the levels above its switch; go on with pgraft.py"
+        )
     args = with_family_defaults(args)
     args.device = check_device(args.device, args.dtype)
     rewards = read_rewards(args.reward, args.eval_rewards)
     inputs = [args.model, args.model_config, *prompt_files(args.prompts, args.eval_prompts)]
+    inputs += [find_lora(args.lora, "--lora")] if args.lora else []
     inputs = check_inputs(args.resume, [*inputs, *(file for reward in rewards for file in reward.files())])
     prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     for reward in rewards:
@@ -470,7 +486,10 @@ def main(args):
     schedule = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
     model = load_model(args)
     model.timesteps(args.steps)  # only to refuse numbers of steps that the sampler cannot take
-    parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
+    if args.lora:
+        parameters = model.load_lora(args.lora)
+    else:
+        parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     if args.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)

@@ -46,17 +46,16 @@ from tqdm import tqdm
 
 from common import (
     EMBEDDED,
-    LORA_FILE,
     ROOT,
     SWITCH_FILE,
     Device,
     Dtype,
     by_family,
     check_device,
-    check_lora,
     derived_seed,
     draw_noise,
     family_of,
+    find_lora,
     load_model,
     read_switch,
     schedule_prompts,
@@ -108,7 +107,7 @@ class Args:
     t5: bool = True  # SD 3: load the third text encoder, 10 GB, which reads long prompts better
     height: int | None = None  # of the images in pixels; None: as the stock pipeline has it
     width: int | None = None
-    lora: str = ""  # run folder of graft.py or pgraft.py: the frozen model is its tuned one
+    lora: str = ""  # LoRA of the frozen model: run of graft.py or pgraft.py, other folder, .safetensors file
     switch_timestep: float | None = None  # the LoRA is off from this timestep on; None: pgraft.json's
     prompts: str = TRAIN_PROMPTS  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts
@@ -580,15 +579,14 @@ def prepare(args):
     check_output(args.output, args.resume)
     args = with_family_defaults(args, clip=DEFAULT_CLIP)
     args.device = check_device(args.device, args.dtype)
-    if args.lora:
-        check_lora(args.lora, "--lora")
+    lora_folder = find_lora(args.lora, "--lora").parent if args.lora else None
     if args.lora and args.switch_timestep is None:  # -1: the LoRA is on in all steps
-        switched = (Path(args.lora) / SWITCH_FILE).is_file()
-        args.switch_timestep = read_switch(args.lora, "--switch_timestep") if switched else -1.0
+        switched = (lora_folder / SWITCH_FILE).is_file()
+        args.switch_timestep = read_switch(lora_folder, "--switch_timestep") if switched else -1.0
         check_range(args, "switch_timestep", -1, 999)
     rewards = read_rewards(args.reward, args.eval_rewards)
     inputs = [args.model, args.model_config, *prompt_files(args.prompts, args.eval_prompts)]
-    inputs += [Path(args.lora) / name for name in (LORA_FILE, SWITCH_FILE) if args.lora]
+    inputs += [find_lora(args.lora, "--lora"), lora_folder / SWITCH_FILE] if args.lora else []
     inputs = check_inputs(args.resume, [*inputs, *(file for reward in rewards for file in reward.files())])
     prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     for reward in rewards:

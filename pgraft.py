@@ -61,9 +61,12 @@ from common import (
     by_family,
     check_device,
     check_finite,
+    check_start,
     derived_seed,
     draw_noise,
+    find_lora,
     load_model,
+    read_switch,
     schedule_prompts,
     stock_call,
     stock_code,
@@ -111,6 +114,7 @@ class Args:
     t5: bool = True  # SD 3: load the third text encoder, 10 GB, which reads long prompts better
     height: int | None = None  # of the images in pixels; None: as the stock pipeline has it
     width: int | None = None
+    lora: str = ""  # LoRA to start from: a folder or .safetensors file, also of diffusers or kohya's scripts
     prompts: str = TRAIN_PROMPTS  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts
     eval_samples: int = 4  # images per held-out prompt
@@ -530,23 +534,33 @@ def evaluate(model, rewards, prompts, args, switch_at, tuned, label):
 # ================================================================ what a run prints and logs
 
 
-def describe(args, model, per_round, held_out, folder, prompts):
+def describe(args, model, per_round, held_out, folder, prompts, switch):
     """The checked, derived settings, printed before the run starts.
-    per_round: number of prompts; the others: lists."""
+    per_round: number of prompts; held_out, prompts: lists; switch: a timestep, or None."""
     rules = {"topk": f"{args.top_k} best of {args.samples}", "preference": "better of two"}
     kl = "estimated in every round"
     if args.rule in RANKING:  # then it does not depend on the rewards
         group, best = (args.samples, args.top_k) if args.rule == "topk" else (2, 1)
         kl = f"{implied_kl(group, best):.2f} nats if no rewards tie"
-    reference = "base" if args.reference == "base" or args.rounds == 1 else "model of the round"
+    reference = (
+        "base" if args.reference == "base" or args.rounds == 1 and not args.lora else "model of the round"
+    )
     guided = "" if args.guidance == 1 else ", guided loss" if args.guided_loss else ", conditional loss"
+    lora = f"rank {args.lora_rank}, alpha {args.lora_alpha:g}, {args.lora_targets}"
+    if args.lora:
+        config = model.denoiser.peft_config["default"]
+        most = " in most layers" if config.rank_pattern or config.alpha_pattern else ""
+        lora = f"started from {args.lora}, rank {config.r}, alpha {config.lora_alpha:g}{most}"
     size = sum(p.numel() for p in model.lora().values())
     images, updates = args.rounds * per_round * args.samples, args.rounds * args.updates
     probed = f"{min(args.probe_prompts, len(prompts))} prompts x 2 states x {args.probe_restarts} restarts"
-    switch = f"chosen by probing {probed} at each level" if args.switch == "auto" else args.switch
+    if switch is None:
+        switch = f"chosen by probing {probed} at each level"
+    else:
+        switch = f"{switch / model.train_timesteps:.9g}"
     return f"""P-GRAFT -> {folder}
   model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}{several_processes()}
-  LoRA       rank {args.lora_rank}, alpha {args.lora_alpha:g}, {args.lora_targets}: {size:,} parameters
+  LoRA       {lora}: {size:,} parameters
   sampling   {args.rounds} rounds x {per_round} prompts x {args.samples} = {images} images, \
 {args.steps} steps, guidance {args.guidance:g}, eta {args.eta:g}
   acceptance {rules.get(args.rule, args.rule)} by {args.reward}; KL(accepted || {reference}) {kl}
@@ -652,10 +666,12 @@ def prepare(args):
     gaps, training prompts, held-out prompts, rewards, hashes of what the run reads): rewards[0] is optimised,
     all are reported."""
     check_output(args.output, args.resume)
+    check_start(args)
     args = with_family_defaults(args, eta=ETA)
     args.device = check_device(args.device, args.dtype)
     rewards = read_rewards(args.reward, args.eval_rewards)
     inputs = [args.model, args.model_config, *prompt_files(args.prompts, args.eval_prompts)]
+    inputs += [find_lora(args.lora, "--lora")] if args.lora else []
     inputs = check_inputs(args.resume, [*inputs, *(file for reward in rewards for file in reward.files())])
     prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     for reward in rewards:
@@ -672,12 +688,19 @@ def main(args):
     grid = model.timesteps(args.steps)
     # a timestep; None: the probe will say
     switch = None if args.switch == "auto" else float(args.switch) * model.train_timesteps
+    if switch is None and args.lora and not args.probe:  # the LoRA of a run of this script has its own
+        folder = find_lora(args.lora, "--lora").parent
+        if (folder / SWITCH_FILE).is_file():
+            switch = read_switch(folder, "a --switch", model)
     if switch is not None and not 0 < switch_step(grid, switch) < args.steps:
         low, high = (f"{t / model.train_timesteps:.9g}" for t in (grid[-1], grid[0]))
         raise InputError(
             f"--switch {args.switch}: with --steps {args.steps} it must be at least {low} and below {high}"
         )
-    parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
+    if args.lora:
+        parameters = model.load_lora(args.lora)
+    else:
+        parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     if args.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
@@ -685,7 +708,7 @@ def main(args):
     # the indices of each round's prompts
     schedule = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
     folder = make_run_folder(args, "pgraft", args.model, args.seed, inputs)
-    print(describe(args, model, len(schedule[0]), held_out, folder, prompts), flush=True)
+    print(describe(args, model, len(schedule[0]), held_out, folder, prompts, switch), flush=True)
 
     # every prompt's text is computed once, in an order that does not depend on where a run was resumed
     texts = [*held_out, *(prompts[i] for i in sorted({i for ids in schedule for i in ids}))]
@@ -729,7 +752,8 @@ def main(args):
             ids = torch.tensor(schedule[r]).repeat_interleave(args.samples)  # (n,) n = prompts x samples
             seeds = [derived_seed(args.seed, r, i, j) for i in schedule[r] for j in range(args.samples)]
             image_prompts = [prompts[i] for i in ids]
-            tuned = args.reference == "newest" and r > 0  # in round 1 the LoRA does nothing yet
+            # a new LoRA does nothing in round 1
+            tuned = args.reference == "newest" and (r > 0 or args.lora != "")
             (x_s, x_0), scores, images = sample_and_score(
                 model, rewards[:1], image_prompts, seeds, args, switch_at, tuned, label
             )

@@ -1,7 +1,8 @@
 """Rewards: functions of images, models, the language of --reward, and statistics that betray reward hacking.
 
 A reward is a function, `reward(images, prompts) -> tensor`. images: list of n PIL images. prompts: list of n
-strings. Result: float32 tensor (n,), larger is better. A reward may be anything: no gradient is needed.
+strings; those of a prompt file have its other columns too, `prompt.metadata`. Result: float32 tensor (n,),
+larger is better. A reward may be anything: no gradient is needed.
 
 On the command line (--reward, --eval_rewards) a reward is a name from REWARDS or MODELS, a model's name with
 a checkpoint of your own, `clip(folder or hub id)`, a function of your own, `path/to/file.py:function`, or a
@@ -9,11 +10,15 @@ weighted sum of such: "0.7*pickscore+0.3*my.py:score". Nothing inside parenthese
 "0.5*(c++/my.py:score)+clip(models/a+b)".
 """
 
+import copy
 import functools
 import importlib.util
+import inspect
 import io
 import math
+import re
 import traceback
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +30,7 @@ from common import DTYPES, check_device, is_checkpoint
 from shapes.check import check
 from shapes.render import parse
 from utils.runs import InputError
+from utils.user_code import UserModule
 
 # ---------------------------------------------------------------- rewards of an image
 
@@ -62,9 +68,59 @@ def jpeg_incompressibility(images: list[Image.Image], prompts: list[str]) -> tor
     return torch.tensor([jpeg_kilobytes(i) for i in images])
 
 
+OCR_PACKAGES = ("rapidocr", "onnxruntime")  # not in requirements.txt
+QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
+
+
+def target_text(prompt: str) -> str:
+    """The text that an image of the prompt is to show, in lower case without spaces: the column `target` of
+    its row, or else what stands between its first quotation marks. "" if there is none."""
+    texts = [getattr(prompt, "metadata", {}).get("target"), *map("".join, QUOTED.findall(prompt))]
+    text = next((str(text) for text in texts if text), "")
+    return "".join(text.split()).lower()
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: the least number of letters to insert, delete or replace."""
+    row = list(range(len(b) + 1))  # of the first i letters of a to the first j of b
+    for i, letter in enumerate(a, 1):
+        before, row = row, [i]
+        for j, other in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (letter != other)))
+    return row[-1]
+
+
+def text_score(seen: str, wanted: str) -> float:
+    """1 if `wanted` is a part of `seen`, else 1 - edit distance / length of `wanted`, at least 0. Both in
+    lower case, without spaces. As in Flow-GRPO (arXiv 2505.05470)."""
+    if wanted in seen:
+        return 1.0
+    return 1 - min(edit_distance(seen, wanted), len(wanted)) / len(wanted)
+
+
+@functools.cache
+def text_reader():
+    """RapidOCR's detector and recogniser, without its classifier of upside-down lines. Their models are in
+    the package."""
+    from rapidocr import RapidOCR
+
+    return RapidOCR(params={"Global.use_cls": False, "Global.log_level": "critical"})
+
+
+def ocr(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+    """How well the image shows the text that the prompt asks for, in [0, 1]: text_score of target_text and
+    all lines that are read, from top to bottom."""
+    scores = []
+    for image, prompt in zip(images, prompts):
+        pixels = np.asarray(image.convert("RGB"))[..., ::-1]  # (height, width, 3), blue first
+        lines = text_reader()(np.ascontiguousarray(pixels)).txts or ()
+        scores.append(text_score("".join("".join(lines).split()).lower(), target_text(prompt)))
+    return torch.tensor(scores)
+
+
 REWARDS = {
     f.__name__: f
-    for f in (shapes_strict, shapes_graded, shapes_fit, jpeg_compressibility, jpeg_incompressibility)
+    for f in (shapes_strict, shapes_graded, shapes_fit, jpeg_compressibility, jpeg_incompressibility, ocr)
 }
 
 
@@ -239,6 +295,110 @@ def load_model(name, checkpoint, device, dtype):
     return MODELS[name][0](checkpoint, device, dtype)
 
 
+# ---------------------------------------------------------------- rewards of the user's own
+
+IN_A_FILE = "a reward takes (images, prompts) or (images, prompts, metadata)"
+RETURNS = (
+    "a reward returns a number for each image, in a list, an array or a tensor, or (numbers, dictionary)"
+)
+
+
+@functools.cache  # a file that several rewards name is run once
+def load_module(path: Path, source: bytes) -> UserModule:
+    """The module of a file with this content."""
+    return UserModule(path)
+
+
+def takes(function, count: int) -> bool:
+    """Whether a function can be called with so many arguments."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # one written in C, whose signature is not known
+        return count == 2
+    return True
+
+
+def wants_metadata(function) -> bool:
+    """Whether the function's third argument is the prompts' metadata, not a setting with a default."""
+    if not takes(function, 3) or not takes(function, 2):
+        return takes(function, 3)
+    return "metadata" in list(inspect.signature(function).parameters)[2:3]
+
+
+class OwnReward:
+    """A function of the user's file, callable like every reward. It gets copies, and cannot change the run.
+
+    A function without arguments, or with `device` alone, makes the reward, as in the files of ddpo-pytorch
+    and Flow-GRPO. What it returns gets the images as there: a float32 tensor (n, 3, height, width) in [0, 1].
+    """
+
+    def __init__(self, spec: str, flag: str):
+        """spec: "path/to/file.py:name". InputError, naming `flag`, if there is no such reward."""
+        self.spec, self.flag, self.tensor_on = spec, flag, None
+        file, _, name = spec.rpartition(":")
+        if not Path(file).is_file():
+            raise InputError(f"{flag} {spec}: no file {file}; give path/to/file.py:function")
+        try:
+            self.user = load_module(Path(file).resolve(), Path(file).read_bytes())
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the user's file may raise anything, and may exit
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"{flag} {spec}: {file} does not load ({reason})") from None
+        self.function = getattr(self.user.module, name, None)
+        if not callable(self.function):
+            raise InputError(f"{flag} {spec}: {file} has no function {name!r}")
+        self.is_factory = not takes(self.function, 2) and not takes(self.function, 3)
+        if self.is_factory and not takes(self.function, 0) and not self.takes_device():
+            arguments = inspect.signature(self.function)
+            raise InputError(f"{flag} {spec}: {name}{arguments} cannot be called; {IN_A_FILE}")
+
+    def takes_device(self) -> bool:
+        """Whether the function is a factory with one argument, `device`."""
+        return takes(self.function, 1) and list(inspect.signature(self.function).parameters)[0] == "device"
+
+    def load(self, device: str) -> None:
+        """Call the factory, if it is one. InputError if it fails, or returns no reward."""
+        if not self.is_factory:
+            return
+        arguments = (torch.device(device),) if self.takes_device() else ()
+        try:
+            with self.user.running():
+                function = self.function(*arguments)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise InputError(f"{self.flag} {self.spec}: {reason_of(error)}") from None
+        if not callable(function) or not (takes(function, 2) or takes(function, 3)):
+            raise InputError(f"{self.flag} {self.spec}: returned a {type(function).__name__}; {IN_A_FILE}")
+        self.tensor_on = None if inspect.isclass(self.function) else device
+        self.function, self.is_factory = function, False
+
+    def __call__(self, images: list[Image.Image], prompts: list[str]):
+        """What the user's function returns. Its random numbers depend on the images, not on what was drawn
+        before: a resumed run sees the same."""
+        seed = zlib.crc32(b"".join(i.tobytes() for i in images))
+        if self.tensor_on is None:
+            arguments = [[i.copy() for i in images]]
+        else:
+            pixels = np.stack([np.asarray(i.convert("RGB")) for i in images])  # (n, height, width, 3)
+            arguments = [torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.tensor_on).float() / 255]
+        arguments.append([str(p) for p in prompts])
+        if wants_metadata(self.function):
+            arguments.append([copy.deepcopy(getattr(p, "metadata", {})) for p in prompts])
+        with self.user.running(seed):
+            return self.function(*arguments)
+
+
+def reason_of(error: BaseException) -> str:
+    """What a user's function raised, and where."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    ended = "it ends the program, " if isinstance(error, SystemExit) else ""
+    return f"{ended}{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
+
+
 # ---------------------------------------------------------------- the language of --reward and --eval_rewards
 
 
@@ -264,7 +424,7 @@ class Reward:
     def __init__(self, spec: str, flag: str = "--reward"):
         """spec: as described at the top of this file. InputError, naming `flag`, for anything else.
         Loads no model."""
-        self.spec, self.flag, self.parts, self.models = spec, flag, [], {}
+        self.spec, self.flag, self.parts, self.models, self.loaded = spec, flag, [], {}, False
         for term in split(spec, "+"):
             *weight, name = split(term, "*")
             try:
@@ -278,6 +438,11 @@ class Reward:
             model, _, checkpoint = name.removesuffix(")").partition("(")
             if name in REWARDS:
                 function = REWARDS[name]
+                missing = [p for p in OCR_PACKAGES if name == "ocr" and not importlib.util.find_spec(p)]
+                if missing:
+                    raise InputError(
+                        f"{flag} {spec}: needs the package {missing[0]}; pip install {' '.join(OCR_PACKAGES)}"
+                    )
             elif model in MODELS and name in (model, f"{model}({checkpoint})"):
                 function, self.models[name] = None, (model, checkpoint if name != model else MODELS[model][1])
                 if not is_checkpoint(self.models[name][1]):
@@ -285,7 +450,7 @@ class Reward:
                         f"{flag} {spec}: {checkpoint!r} is neither a folder nor a hub id owner/name"
                     )
             elif ".py:" in name:
-                function = load_function(name, flag)
+                function = OwnReward(name, flag)
             else:
                 raise InputError(
                     f"{flag} {spec}: no reward {name!r}; take {', '.join([*REWARDS, *MODELS])} or "
@@ -299,7 +464,15 @@ class Reward:
         return code + [checkpoint for _, checkpoint in self.models.values() if Path(checkpoint).is_dir()]
 
     def check_prompts(self, prompts: list[str], flag: str) -> None:
-        """InputError if a shapes reward is to judge a prompt that it does not understand."""
+        """InputError if a shapes reward is to judge a prompt that it does not understand, or ocr one without
+        a text."""
+        if any(name == "ocr" for _, name, _ in self.parts):
+            for prompt in prompts:
+                if not target_text(prompt):
+                    raise InputError(
+                        f"{flag}: {str(prompt)!r} has no text for {self.flag} ocr; put it in quotation "
+                        "marks, or into a column `target`"
+                    )
         if any(name in REWARDS and name.startswith("shapes_") for _, name, _ in self.parts):
             for prompt in prompts:
                 try:
@@ -313,7 +486,14 @@ class Reward:
         """Load the models among the parts, to score `batch` images at a time.
         InputError, naming the flag, if one fails."""
         device = check_device(device, dtype, "reward_")
-        for i, (weight, name, _) in enumerate(self.parts):
+        for i, (weight, name, own) in enumerate(self.parts):
+            if isinstance(own, OwnReward):
+                own.load(device)
+            if name == "ocr":
+                try:
+                    text_reader()
+                except Exception as error:  # a broken package may raise anything
+                    raise InputError(f"{self.flag} {self.spec}: rapidocr does not load ({error})") from None
             if name in self.models:
                 model, checkpoint = self.models[name]
                 try:
@@ -325,6 +505,7 @@ class Reward:
                         f"another checkpoint is given as '{model}(folder or hub id)'"
                     ) from None
                 self.parts[i] = (weight, name, in_batches(function, batch))
+        self.loaded = True
 
     def scores(
         self, images: list[Image.Image], prompts: list[str], known: dict | None = None
@@ -332,7 +513,7 @@ class Reward:
         """{spec: (n,) float32} and, of a sum, {part: (n,)} without its weight. known: scores of these images,
         which are not computed again. InputError, naming the part and the prompt, if a part returns another
         shape, NaN or Inf."""
-        if any(function is None for _, _, function in self.parts):
+        if not self.loaded:
             self.load()
         parts, total = {}, torch.zeros(len(images))
         for weight, name, function in self.parts:
@@ -366,12 +547,12 @@ def checked(name: str, function, images: list[Image.Image], prompts: list[str]) 
     """function(images, prompts), (n,) float32 on the CPU;
     InputError, naming the reward `name`, for anything else."""
     try:
-        values = torch.as_tensor(function(images, prompts)).detach().float().cpu()
-    except Exception as error:  # the user's function may raise anything
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(
-            f"reward {name}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
-        ) from error
+        values = function(images, prompts)
+    except (InputError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the user's function may raise anything, and may exit
+        raise InputError(f"reward {name}: {reason_of(error)}") from error
+    values = as_numbers(name, values)
     if values.shape != (len(images),):
         raise InputError(
             f"reward {name}: returned shape {tuple(values.shape)} for {len(images)} images, "
@@ -381,6 +562,27 @@ def checked(name: str, function, images: list[Image.Image], prompts: list[str]) 
         bad = int((~values.isfinite()).nonzero()[0])
         raise InputError(f"reward {name}: returned {values[bad].item()} for the prompt {prompts[bad]!r}")
     return values
+
+
+def as_numbers(name: str, values) -> torch.Tensor:
+    """What a reward returned, or the first of (numbers, info), as a new float32 tensor on the CPU.
+    InputError, naming the reward `name`, for anything but numbers."""
+    if isinstance(values, tuple) and len(values) == 2:
+        if isinstance(values[0], (list, tuple)) or getattr(values[0], "ndim", 0):
+            values = values[0]
+    kind = "None" if values is None else f"a {type(values).__name__}"
+    if isinstance(values, (list, tuple)) and len(values):
+        kind += f" of {type(values[0]).__name__}"
+    if inspect.iscoroutine(values):
+        values.close()  # else Python warns that nobody awaited it
+    try:
+        numbers = torch.as_tensor(values)
+        if numbers.is_complex():
+            raise TypeError
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise InputError(f"reward {name}: returned {kind}; {RETURNS}") from None
+    # a copy: the reward may change its own tensor later
+    return numbers.detach().to("cpu", torch.float32, copy=True)
 
 
 def in_batches(function, size: int):
@@ -393,22 +595,6 @@ def in_batches(function, size: int):
         )
 
     return reward
-
-
-def load_function(spec: str, flag: str):
-    """The function of "path/to/file.py:name"; InputError if there is none."""
-    file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise InputError(f"{flag} {spec}: no file {file}; give path/to/file.py:function")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the user's file may raise anything
-        raise InputError(f"{flag} {spec}: {file} does not load ({type(error).__name__}: {error})") from None
-    if not callable(getattr(module, name, None)):
-        raise InputError(f"{flag} {spec}: {file} has no function {name!r}")
-    return getattr(module, name)
 
 
 # ---------------------------------------------------------------- statistics, reported beside every reward

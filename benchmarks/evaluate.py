@@ -27,7 +27,7 @@ from common import (
     Device,
     Dtype,
     check_device,
-    check_lora,
+    find_lora,
     load_model,
     read_switch,
     stock_call,
@@ -134,7 +134,7 @@ def read_run(args):
     if method != "noise_ppo" and lora:
         raise InputError(f"--lora {lora}: is of a noise policy; leave it out")
     if lora:
-        check_lora(lora, "--lora")
+        find_lora(lora, "--lora")
     if method == "pgraft" and args.switch is None:
         read_switch(args.run, "the level with --switch")  # again with the model, which takes longer
     return settings, method

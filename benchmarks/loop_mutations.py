@@ -116,7 +116,7 @@ LOOPS = {
             "chosen = held_out[: args.probe_prompts]",
         ),
         ("switch_at = switch_step(grid, switch)", "switch_at = max(1, switch_step(grid, switch) - 1)"),
-        ('tuned = args.reference == "newest" and r > 0', "tuned = r > 0"),
+        ('tuned = args.reference == "newest" and (r > 0', "tuned = (r > 0"),
         ("derived_seed(args.seed, r, i, j)", "derived_seed(args.seed, 0, i, j)"),
         ("index = mask.flatten()", "index = mask.T.flatten()"),
         ('{"x_s": x_s[index]', '{"x_s": x_0[index]'),

@@ -52,10 +52,10 @@ PGRAFT, NOISE = "tests/test_pgraft.py", "tests/test_noise_ppo.py"
 TORCHRUN = "tests/test_torchrun.py"
 INVERSE, FAMILIES = "tests/test_inverse_noise_correction.py", "tests/test_families.py"
 REWARDS, MODELS, DDPO = "tests/test_rewards.py", "tests/test_reward_models.py", "tests/test_ddpo.py"
-FOLDERS = "tests/test_model_folders.py"
+FOLDERS, OCR = "tests/test_model_folders.py", "tests/test_ocr.py"
 TWO_STEPS = f"{PIPELINE} -k 'test_sample_equals_stock_pipeline and 4'"
-CHEAP_FIRST = (EQUATIONS, REWARDS, DDPO, PIPELINE, INVERSE, NOISE, PGRAFT, MODELS, FOLDERS, FAMILIES, RUN)
-CHEAP_FIRST += (TORCHRUN,)
+CHEAP_FIRST = (EQUATIONS, REWARDS, OCR, DDPO, PIPELINE, INVERSE, NOISE, PGRAFT, MODELS, FOLDERS, FAMILIES)
+CHEAP_FIRST += (RUN, TORCHRUN)
 
 # {(file, function, test file and -k): [(old, new)]}; `old` stands once in the function. The blocks that
 # pgraft.py shares with graft.py are compared by a test, so they are changed in graft.py alone.
@@ -589,6 +589,15 @@ TABLE = {
     ("rewards.py", "vqa", f"{MODELS} -k 'vqa_score or neither_batch'"): [
         (".float().softmax(1)[", ".float()["),
         ('padding_side="left"', 'padding_side="right"'),
+    ],
+    ("rewards.py", "edit_distance", f"{OCR} -k edit_distance"): [
+        ("before[j] + 1", "before[j]"),
+        ("(letter != other)", "1"),
+    ],
+    ("rewards.py", "text_score", f"{OCR} -k text_score"): [
+        ("if wanted in seen", "if wanted == seen"),
+        ("min(edit_distance(seen, wanted), len(wanted))", "edit_distance(seen, wanted)"),
+        ("/ len(wanted)", "/ max(len(seen), len(wanted))"),
     ],
     ("rewards.py", "Reward.scores", f"{REWARDS} -k weighted_sum"): [("weight * parts[name]", "parts[name]")],
     ("rewards.py", "image_statistics", f"{REWARDS} -k image_statistics"): [("g.std()", "g.var()")],

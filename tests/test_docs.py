@@ -220,6 +220,7 @@ def test_flags_exist():
 def folder_of_a_reader(tmp_path, monkeypatch):
     """The working directory, with every file that the commands name."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rewards.OCR_PACKAGES", ())  # a command is right without them too
     prompts = "\n".join(
         [*PROMPTS, *(f"a {colour} square left of a red circle" for colour in ("red", "blue") * 8)]
     )
@@ -228,6 +229,7 @@ def folder_of_a_reader(tmp_path, monkeypatch):
     (tmp_path / "PartiPrompts.tsv").write_text(
         "Prompt\tCategory\n" + "".join(f"{p}\tAnimals\n" for p in prompts.split("\n"))
     )
+    (tmp_path / "signs.txt").write_text("".join(f'a sign that says "{word}"\n' for word in prompts.split()))
     code = next(code for _, code in PYTHON if "my_reward.py" in code)
     (tmp_path / "my_reward.py").write_text(f"{code}\nscore = blueness\n")
 

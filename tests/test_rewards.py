@@ -30,8 +30,10 @@ def user_file(folder, body, name="own.py"):
 
 
 def test_every_reward_is_a_float_tensor():
-    assert len(REWARDS) == 5
+    assert len(REWARDS) == 6
     for name, reward in REWARDS.items():
+        if name == "ocr":  # tests/test_ocr.py
+            continue
         values = reward(IMAGES, PROMPTS)
         assert values.shape == (4,) and values.dtype == torch.float32 and values.isfinite().all(), name
         assert torch.equal(values.flip(0), reward(IMAGES[::-1], PROMPTS))  # each image on its own
@@ -191,8 +193,8 @@ def test_bad_results(tmp_path, body, culprit):
     "body, culprit",
     [
         ("raise KeyError('embedding')", "KeyError: 'embedding'"),
-        ("return None", "Error"),
-        ("return ['good'] * len(images)", "Error"),
+        ("return None", "returned None; a reward returns a number for each image"),
+        ("return ['good'] * len(images)", "returned a list of str; a reward returns a number"),
     ],
 )
 def test_failing_user_function(tmp_path, body, culprit):

@@ -173,7 +173,7 @@ def fields(name):
     "name, own",  # own: settings of this script and of graft.py that mean something else or differ by default
     [
         ("pgraft", {"eta"}),
-        ("noise_ppo", {"dtype", "eval_every", "steps", "samples", "lr"}),
+        ("noise_ppo", {"dtype", "lora", "eval_every", "steps", "samples", "lr"}),
         (
             "inverse_noise_correction",
             {"seed", "device", "model", "steps", "sample_batch", "updates", "batch", "lr"},
@@ -208,7 +208,7 @@ def test_shared_checks_of_settings_are_equal():
 
 
 PACKAGES = {"PIL": "pillow"}  # imported under another name
-OPTIONAL = {"torch_fidelity"}  # the script that wants it says so
+OPTIONAL = {"torch_fidelity", "rapidocr"}  # the script that wants it says so
 
 
 @pytest.mark.parametrize("name", FILES)

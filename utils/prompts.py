@@ -12,6 +12,15 @@ TRAIN_PROMPTS, EVAL_PROMPTS = str(SHAPES / "prompts_train.txt"), str(SHAPES / "p
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")
 
 
+class Prompt(str):
+    """A prompt. metadata: its row of the prompt file, {column: value}; of a .txt file {}."""
+
+    def __new__(cls, text: str, metadata: dict | None = None):
+        prompt = super().__new__(cls, text)
+        prompt.metadata = metadata or {}
+        return prompt
+
+
 def read_prompt_sets(file: str, eval_file: str) -> tuple[list[str], list[str]]:
     """(training prompts, held-out prompts) of --prompts and --eval_prompts. If that is left out, every tenth
     prompt of --prompts is held out; TRAIN_PROMPTS goes with EVAL_PROMPTS. InputError for a bad file or too
@@ -34,8 +43,8 @@ def prompt_files(file: str, eval_file: str) -> list[str]:
     return [split_column(name)[0] for name in (file, eval_file) if name]
 
 
-def read_prompts(file: str, flag: str) -> list[str]:
-    """The prompts of a file, in order. InputError, naming `flag`, if there are none.
+def read_prompts(file: str, flag: str) -> list[Prompt]:
+    """The prompts of a file, in order, with their metadata. InputError, naming `flag`, if there are none.
 
     A .txt file has one prompt a line. A .csv, .tsv or .jsonl file has a column, given as file.csv:column;
     left out, it is the first of PROMPT_COLUMNS there is, in any case. A .tsv file has no quoting: in
@@ -58,8 +67,9 @@ def read_prompts(file: str, flag: str) -> list[str]:
             lines.append(line.decode("utf-8"))
         except UnicodeDecodeError:
             raise InputError(f"{flag} {file}: line {number} is not UTF-8; save the file as UTF-8") from None
+    rows = []
     if suffix == ".txt":
-        prompts = lines
+        prompts, rows = lines, [{} for _ in lines]
     elif suffix == ".jsonl":
         prompts = []
         for number, line in enumerate(lines, 1):
@@ -68,6 +78,7 @@ def read_prompts(file: str, flag: str) -> list[str]:
                     row = json.loads(line)
                     column = column or choose_column(row.keys())
                     prompts.append(row[column] + "")
+                    rows.append(row)
                 except (ValueError, KeyError, TypeError, AttributeError):
                     example = f'{{"{column or "prompt"}": "..."}}'
                     raise InputError(f"{flag} {file}: line {number} is not {example}") from None
@@ -81,7 +92,7 @@ def read_prompts(file: str, flag: str) -> list[str]:
             )
         prompts = [row[chosen] or "" for row in rows]
     prompts = [" ".join(part.strip() for part in p.split("\n")).strip() for p in prompts]
-    prompts = [p for p in prompts if p]
+    prompts = [Prompt(p, row) for p, row in zip(prompts, rows, strict=True) if p]
     if not prompts:
         raise InputError(f"{flag} {file}: holds no prompt; write at least one into it, or give another file")
     return prompts

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -46,6 +47,7 @@ LOCK_FILE, INPUTS_FILE = ".lock", "inputs.json"  # in the run folder
 DEVICES = ("device", "reward_device")  # settings that do not belong to a run
 MODEL_ENDINGS = (".json", ".txt", ".model", ".safetensors", ".bin", ".pth", ".pt")  # of a model's files
 HASHED_BYTES = 64 * 2**20  # of a file: reading all of a large model would take minutes
+LONGER = "rounds"  # the setting of which a resumed run can be given more; nothing may depend on the total
 # what a full, read-only or broken disk says; anything else is a bug
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of some network file systems
@@ -70,8 +72,8 @@ def check_range(args, name: str, least: float, most: float) -> None:
 def parse_arguments(args_class, argv: list[str] | None = None):
     """Command line -> args_class, by tyro, which exits with code 2 if it cannot read the line.
 
-    With --resume the stored arguments are the defaults. InputError if another value is given beside it, but
-    for DEVICES: a run goes on on another device, and on one that is there.
+    With --resume the stored arguments are the defaults. InputError if another value is given beside it, other
+    than more rounds and DEVICES: a run goes on on another device, and on one that is there.
     """
 
     options = {"args": argv, "use_underscores": True, "config": (tyro.conf.DisallowNone,)}
@@ -90,10 +92,11 @@ def parse_arguments(args_class, argv: list[str] | None = None):
         if given != kept and field.name in DEVICES:
             there = "the device there is" if given == "auto" else given
             print(f"--{field.name}: the run in {folder} began on {kept} and goes on on {there}", flush=True)
-        elif given != kept:
+        elif given != kept and not (field.name == LONGER and given > kept):
             raise InputError(
                 f"--{field.name} {given} differs from the run in {folder} ({kept}): "
-                "leave it out, or start a new run"
+                + ("give more, " if field.name == LONGER else "")
+                + "leave it out, or start a new run"
             )
     return args
 
@@ -242,6 +245,8 @@ def make_run_folder(args, script: str, model: str, seed: int, inputs: dict | Non
         if not args.resume:
             check_output(str(folder), "")  # again: another process may have been faster
             write_json(folder / "args.json", dataclasses.asdict(args))
+        elif hasattr(args, LONGER):
+            lengthen(folder, args)
     except OSError as error:
         if args.resume:
             raise  # run_script says what to do
@@ -251,6 +256,15 @@ def make_run_folder(args, script: str, model: str, seed: int, inputs: dict | Non
     if inputs is not None and not (folder / INPUTS_FILE).exists():
         write_json(folder / INPUTS_FILE, inputs)
     return folder
+
+
+def lengthen(folder: Path, args) -> None:
+    """Store that a resumed run has more rounds, if it has. The results of the fewer rounds are kept."""
+    stored = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    if LONGER in stored and stored[LONGER] < getattr(args, LONGER):
+        if (folder / "results.json").exists():
+            os.replace(folder / "results.json", folder / f"results_{stored[LONGER]}_{LONGER}.json")
+        write_json(folder / "args.json", stored | {LONGER: getattr(args, LONGER)})
 
 
 def lock(folder: Path, flag: str) -> None:
@@ -382,9 +396,17 @@ def load_checkpoint(folder: Path, name: str = "checkpoint.pt") -> dict | None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile and torch raise many kinds for a damaged file
         raise InputError(f"{prefix} is damaged ({type(error).__name__}: {error}); start a new run") from None
-    if state.pop("args", None) != (folder / "args.json").read_text(encoding="utf-8"):
+    if not of_one_run(state.pop("args", None), (folder / "args.json").read_text(encoding="utf-8")):
         raise InputError(f"{prefix} was made with another args.json; put that back, or start a new run")
     return state
+
+
+def of_one_run(before: str | None, now: str) -> bool:
+    """Whether two contents of args.json are equal, or differ in that the newer one has more rounds."""
+    if before is None or before == now:
+        return before == now
+    old, new = json.loads(before), json.loads(now)
+    return old.get(LONGER, math.inf) < new.get(LONGER, 0) and old | {LONGER: 0} == new | {LONGER: 0}
 
 
 def restore(
@@ -401,6 +423,7 @@ def restore(
             parameter.data.copy_(state["lora"][name])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+        forget_evaluation(args, folder, state)
     else:
         state = {"round": 0, "rows": [], "losses": [], "accepted": [], "seconds": 0.0}
     start = time.perf_counter() - state["seconds"]
@@ -413,6 +436,19 @@ def restore(
         save_checkpoint(folder, state)
 
     return state, save
+
+
+def forget_evaluation(args, folder: Path, state: dict) -> None:
+    """Take the newest round's evaluation out of the metrics, if it was made only because the run ended there
+    and has been given more rounds since."""
+    done = state["round"]
+    if done in (0, args.rounds) or args.eval_every and done % args.eval_every == 0:
+        return
+    row = state["rows"][done - 1]
+    evaluated = [name for name in row if name.endswith("_held_out") and not math.isnan(row[name])]
+    if evaluated:
+        row.update(dict.fromkeys(evaluated, math.nan))
+        log_metrics(folder, state["rows"][:done], done, state["seconds"])
 
 
 # ---------------------------------------------------------------- metrics and results
