@@ -152,8 +152,8 @@ def test_binary_reward_moves_from_the_bad_to_the_good():
 
 
 def test_positive_branch_is_grafts_threshold_rule(models):
-    """With beta = 1 and r the acceptance mask the first branch is GRAFT's loss on what was accepted, times its
-    share. The second branch is switched off by giving it the target."""
+    """With beta = 1 and r the acceptance mask the first branch is GRAFT's loss on what was accepted, times
+    its share. The second branch is switched off by giving it the target."""
     model = with_lora(models["v"], "all")
     randomise(model, 0.2)
     x_0, noise = torch.randn(2, 3, *model.latent_shape, generator=seeded())
