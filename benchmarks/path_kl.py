@@ -9,7 +9,8 @@ models. So along paths of the tuned model
   (1) KL(tuned path || base path) = E sum_k |m_tuned(x_k, c) - m_base(x_k, c)|^2 / (2 s_k^2)
 exactly; in continuous time this is Girsanov's theorem. It bounds the KL of the two distributions of the state
 at the path's end from above. That end is the state before the last step where that step has no noise, as in
-the embedded model: of the images themselves nothing is said. Steps in which P-GRAFT's LoRA is off add nothing.
+the embedded model: of the images themselves nothing is said. Steps in which P-GRAFT's LoRA is off add
+nothing.
 """
 
 import argparse
