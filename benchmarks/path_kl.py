@@ -1,6 +1,6 @@
 """How far tuned models have gone from the base: the KL of their sampling paths, in nats an image.
 
-Run: python benchmarks/path_kl.py runs/frontier/*    (run folders of graft.py, pgraft.py, awm.py and the like)
+Run: python benchmarks/path_kl.py runs/frontier/*__0    (run folders of graft.py, pgraft.py, awm.py, ...)
 Result: benchmarks/results/path_kl.json, in which the folders that are named replace their entries:
 {"<parent>/<name>": {"kl": mean over the held-out prompts, "se": its standard error over prompts}}.
 
@@ -14,9 +14,13 @@ nothing.
 """
 
 import argparse
+import contextlib
 import json
 import math
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,16 +98,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     given = parser.parse_args()
     try:
-        device = check_device(given.device, "float32")
-        for folder in given.folders:
-            entry = measure(folder, device)
-            stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-            write_json(
-                RESULT, dict(sorted((stored | {f"{folder.parent.name}/{folder.name}": entry}).items()))
-            )
-            print(f"{folder}: {entry['kl']:.3f} +- {entry['se']:.3f} nats", flush=True)
+        device, measure_all = check_device(given.device, "float32"), map
+        with contextlib.ExitStack() as stack:
+            if given.jobs > 1:  # CUDA forbids forking
+                pool = ProcessPoolExecutor(given.jobs, mp_context=multiprocessing.get_context("spawn"))
+                measure_all = stack.enter_context(pool).map
+            for folder, entry in zip(given.folders, measure_all(measure, given.folders, repeat(device))):
+                stored = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+                stored[f"{folder.parent.name}/{folder.name}"] = entry
+                write_json(RESULT, dict(sorted(stored.items())))
+                print(f"{folder}: {entry['kl']:.3f} +- {entry['se']:.3f} nats", flush=True)
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -554,6 +554,8 @@ def main() -> int:
         for folder, name in arms
         for seed in given.seeds or ((0,) if given.quick else ARMS[folder][name].seeds)
     ]
+    folders = [folder for folder, _ in arms]
+    jobs.sort(key=lambda job: (folders.index(job[0]), job[2]))  # all arms of a folder once, then again
     return 0 if run_all(jobs, options) else 1
 
 

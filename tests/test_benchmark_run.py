@@ -271,6 +271,11 @@ def test_command_line(argv, count, seeds, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", *argv.split()])
     assert run.main() == 0
     ((jobs, options),) = chosen
+    order = [job[0] for job in jobs]
+    for folder in dict.fromkeys(order):  # one after the other, each seed by seed
+        assert order.count(folder) == len(order) - order[::-1].index(folder) - order.index(folder)
+        own = [job[2] for job in jobs if job[0] == folder]
+        assert own == sorted(own)
     assert len({job[:2] for job in jobs}) == count and {seed for _, _, seed in jobs} == seeds
     assert options.quick == (options.results != run.RESULTS) == ("--quick" in argv)
     assert options.device == "cpu" and (options.until < math.inf) == ("--minutes" in argv)

@@ -351,10 +351,10 @@ def parse_flags(module, flags):
         tyro.cli(module.Args, args=flags, use_underscores=True)
         return
     source = (ROOT / module.__file__).read_text(encoding="utf-8")
-    for word in flags:
+    for before, word in zip(["", *flags], flags):
         if word.startswith("--"):
             assert f'"{word}"' in source, word
-        elif module.__name__ == "run":
+        elif module.__name__ == "run" and before not in ("--device", "--jobs", "--minutes", "--seeds"):
             module.choose([word])
 
 
