@@ -261,6 +261,7 @@ FRONTIER = {
     "nft_beta_1_240_updates": f"benchmarks/diffusion_nft.py {FAR} --beta 1 --updates 240",
     "awm_kl_0.4_30_updates": f"benchmarks/awm.py {FAR} --kl_old 0.4 --updates 30",
     "pgraft_0.7": f"pgraft.py {FAR} --switch 0.7",
+    "graft_exponential_0.5": f"graft.py {FAR} --rule exponential --beta 0.5 --reward_max 1",
     "graft_2_rounds": f"graft.py {FAR} --rounds 2",
 }
 FRONTIER = {name: Arm(command) for name, command in FRONTIER.items()}
