@@ -12,6 +12,8 @@ LOOP_TESTS = {
     "inverse_noise_correction.py": "tests/test_loop_correction.py tests/test_inverse_noise_correction.py",
     "pgraft.py": "tests/test_loop_pgraft.py tests/test_pgraft.py",
     "benchmarks/ddpo.py": "tests/test_loop_ddpo.py tests/test_ddpo.py",
+    "benchmarks/diffusion_nft.py": "tests/test_loop_rivals.py tests/test_diffusion_nft.py",
+    "benchmarks/awm.py": "tests/test_loop_rivals.py tests/test_awm.py",
 }
 LOOPS = {
     ("graft.py", "main"): [
@@ -308,5 +310,44 @@ LOOPS = {
     ],
     ("benchmarks/ddpo.py", "main"): [
         ("score(rewards[:1], images, batch_prompts)", "score(rewards[:1], images, batch_prompts[::-1])"),
+        ("[loss.item()] * len(part)", "[loss.item()]"),
+        ("moved += (ratio - 1).abs().tolist()", "moved += [(ratio - 1).abs().mean().item()]"),
+    ],
+    ("benchmarks/diffusion_nft.py", "main"): [
+        ("derived_seed(args.seed, r, i, j)", "derived_seed(args.seed, 0, i, j)"),
+        ("with weights_set_to(parameters, old), model.lora_merged():", "with model.lora_merged():"),
+        ("with torch.no_grad(), weights_set_to(parameters, old):", "with torch.no_grad():"),
+        ("scores[args.reward].view(-1, args.samples)", "scores[args.reward].view(args.samples, -1).T"),
+        ("torch.randperm(len(ids), generator=generator)", "torch.arange(len(ids))"),
+        ("chance[index[part]]", "chance[index[: len(part)]]"),
+        ("image_prompts[i] for i in index[part]", "image_prompts[i] for i in index[: len(part)]"),
+        ("x_0 = latents[index[part]]", "x_0 = latents[index[: len(part)]]"),
+        ("x_0, noise[part], alpha", "x_0, noise[: len(part)], alpha"),
+        ("kept_share(r + 1,", "kept_share(r,"),
+        ("kept * before + (1 - kept) * parameter", "(1 - kept) * before + kept * parameter"),
+        ("[clean_prediction(p, *levels) for p in policies], x_0", "list(policies), target"),
+        ("loss * len(part) / args.batch).backward", "loss).backward"),
+        ("clip_grad_norm_(parameters, 1.0)", "clip_grad_norm_(parameters[-1:], 1.0)"),
+        ("lr=args.lr, weight_decay=0.0", "lr=args.lr"),
+        ('state.setdefault("old", [', "state.update(old=["),
+        (
+            "guided_prediction(model, x_t, t[part], text, args.guidance)\n                v =",
+            "guided_prediction(model, x_t, t[part], text, 1)\n                v =",
+        ),
+    ],
+    ("benchmarks/awm.py", "main"): [
+        ("derived_seed(args.seed, r, i, j)", "derived_seed(args.seed, 0, i, j)"),
+        ("with torch.no_grad(), weights_set_to(parameters, old):", "with torch.no_grad():"),
+        ("with torch.no_grad(), model.lora_off():", "with torch.no_grad():"),
+        ("parameter.detach().clone() for", "parameter.detach() for"),
+        ("advantage[index[part]]", "advantage[index[: len(part)]]"),
+        ("image_prompts[i] for i in index[part]", "image_prompts[i] for i in index[: len(part)]"),
+        ("x_0, noise[part], alpha", "x_0, noise[: len(part)], alpha"),
+        ("loss + args.kl_old * distance", "loss"),
+        ("args.kl_base * (v - v_base)", "args.kl_base * (v - v_old)"),
+        ("(loss * share).backward()", "loss.backward()"),
+        ("share = len(part) / args.batch", "share = args.micro_batch / args.batch"),
+        ("clip_grad_norm_(parameters, 1.0)", "clip_grad_norm_(parameters[-1:], 1.0)"),
+        ('"update", r))', '"update", 0))'),
     ],
 }

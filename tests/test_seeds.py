@@ -25,9 +25,11 @@ import graft
 import inverse_noise_correction
 import noise_ppo
 import pgraft
+from awm import Args as AwmArgs
 from common import derived_seed
 from conftest import ROOT, arguments_for, run_inside
 from ddpo import Args as DdpoArgs
+from diffusion_nft import Args as NftArgs
 from shapes import flow_data
 from utils.runs import InputError
 
@@ -83,6 +85,15 @@ CALLS = {
         "args.seed, r, i, j": ["SEED round prompt sample"],
         "args.seed, 'update', r": ["SEED update round"],
     },
+    "benchmarks/diffusion_nft": {
+        "args.seed, r, i, j": ["SEED round prompt sample"],
+        "args.seed, 'update', r": ["SEED update round"],
+    },
+    "benchmarks/awm": {
+        "args.seed, r, i, j": ["SEED round prompt sample"],
+        "args.seed, 'update', r": ["SEED update round"],
+    },
+    "benchmarks/path_kl": {"'eval', i, j": ["eval prompt sample"]},
     "benchmarks/base": {"tag, i, j": ["eval prompt sample", "best prompt sample"]},
 }
 TUNING = ["eval prompt sample", "SEED prompts round", "SEED round prompt sample", "SEED update round"]
@@ -92,6 +103,9 @@ RUNS = {  # script: the kinds of key that meet in one of its runs
     "noise_ppo": [*TUNING, "temperature prompt sample"],
     "inverse_noise_correction": sum(CALLS["inverse_noise_correction"].values(), []),
     "benchmarks/ddpo": TUNING,
+    "benchmarks/diffusion_nft": TUNING,
+    "benchmarks/awm": TUNING,
+    "benchmarks/path_kl": ["eval prompt sample"],
     "benchmarks/base": ["eval prompt sample", "best prompt sample"],
     "benchmarks/evaluate": ["eval prompt sample"],
     "shapes/train_flow": [
@@ -136,7 +150,9 @@ def test_numbers_are_in_their_ranges():
     """The largest values of NUMBERS are those that the settings allow."""
     inc = inverse_noise_correction.Args
     most = [
-        (cls, name, 10**4) for cls in (graft.Args, pgraft.Args, DdpoArgs) for name in ("rounds", "samples")
+        (cls, name, 10**4)
+        for cls in (graft.Args, pgraft.Args, DdpoArgs, NftArgs, AwmArgs)
+        for name in ("rounds", "samples")
     ]
     most += [(cls, "eval_samples", 10**4) for cls in (graft.Args, pgraft.Args, noise_ppo.Args, DdpoArgs)]
     most += [(noise_ppo.Args, "iterations", 10**5), (noise_ppo.Args, "samples", 10**4)]
@@ -226,9 +242,8 @@ def test_no_two_keys_of_a_run_collide():
                 # the seeds of a probe's restarts are random numbers
                 if needed is not None and "HASH" not in f"{pair}":
                     found.setdefault(pair, []).append((script, needed))
-    unlucky = [
-        (script, {"SEED low": 1702257004}) for script in ("graft", "pgraft", "noise_ppo", "benchmarks/ddpo")
-    ]
+    tuned = ("graft", "pgraft", "noise_ppo", "benchmarks/ddpo", "benchmarks/diffusion_nft", "benchmarks/awm")
+    unlucky = [(script, {"SEED low": 1702257004}) for script in tuned]
     assert found == {
         ("eval prompt sample", "SEED round prompt sample"): unlucky,
         ("SEED flow", "SEED flow image"): [("shapes/train_flow", {})] * 2,
@@ -266,6 +281,8 @@ FLAGS = {
     " --corrector_network token:8 --checkpoint_every 2 --tolerance 1 --sample_batch 20"
     " --eval_steps 3 --eval_corrector_steps 2",
     "benchmarks/ddpo": "--rounds 3 --epochs 2",
+    "benchmarks/diffusion_nft": "--rounds 3",
+    "benchmarks/awm": "--rounds 3",
 }
 
 
@@ -331,6 +348,7 @@ def test_no_noise_is_drawn_twice(script, seeds, tiny_arguments, tmp_path, monkey
     draw = flow_data.draw  # 20,000 images of the embedded world, of which a run reads a few
     monkeypatch.setattr(flow_data, "draw", lambda count, seed: draw(min(count, 100), seed))
     args_class = {"noise_ppo": noise_ppo.Args, "benchmarks/ddpo": DdpoArgs, "pgraft": pgraft.Args}
+    args_class |= {"benchmarks/diffusion_nft": NftArgs, "benchmarks/awm": AwmArgs}
     argv = arguments_for(args_class.get(script, graft.Args), tiny_arguments)
     argv = ([] if script == "inverse_noise_correction" else argv) + FLAGS[script].split()
     code, _, error = run_inside([*argv, "--seed", str(SEED), "--output", "run"], f"{script}.py")
