@@ -107,23 +107,23 @@ class Args:
     grid_power: float = 1.0  # sigma_k = (1 - k / N)^power, before the scheduler's own shift; 1: even steps
     sample_batch: int = 500  # images inverted or sampled at a time
 
-    images: int = 20_000  # images to invert, at most
+    images: int = 3000  # images to invert, at most
     tolerance: float = 1e-3  # a step has converged when its pixels change by less (root mean square)
     max_iterations: int = 60  # model calls per step of the inversion, at most
     memory: int = 2  # changes that Anderson acceleration combines; 0: the plain fixed-point iteration
     max_failed: float = 0.1  # stop if a larger share of the images does not converge
 
-    corrector_network: str = "token:64,64"  # see new_network; above 8 x 8 pixels for instance unet:16,32,32
+    corrector_network: str = "unet:16,32,32"  # see new_network
     corrector_steps: int = 4  # M, Euler steps of the corrector
     normalise: Normalise = "auto"  # of z; auto: gaussian if there are ten noises for each number of an image
     held_out: float = 0.1  # share of the inverted noises that choose the weights and are not trained on
-    updates: int = 4000  # optimiser updates of the corrector
-    batch: int = 256  # images per update
+    updates: int = 1800  # optimiser updates of the corrector
+    batch: int = 128  # images per update
     lr: float = 1e-3  # AdamW learning rate of the corrector: warm-up, then cosine to 0
     checkpoint_every: int = 250  # updates between two checkpoints
 
     features: Features = "auto"  # auto: fashion without --data; else inception if it is installed, or pixels
-    eval_images: int = 4000  # images per row of the table
+    eval_images: int = 2000  # images per row of the table
     eval_steps: tuple[int, ...] = ()  # of the base, beside N; none: at equal FLOPs, 2N, 4N
     eval_corrector_steps: tuple[int, ...] = (2, 8)  # other M with which the corrector is shown
     longer: bool = True  # control: train the base on for as many FLOPs as inversion and corrector took

@@ -735,7 +735,8 @@ def arguments(tiny_flow, data):
     """The shortest run that does everything; later arguments replace earlier ones."""
     sizes = "--steps 3 --images 40 --sample_batch 16 --eval_images 20 --batch 8 --eval_corrector_steps 3"
     training = "--corrector_network unet:4 --corrector_steps 2 --updates 5 --checkpoint_every 2 --lr 0.01"
-    return f"--model {tiny_flow} --data {data} --device cpu --features pixels {sizes} {training}".split()
+    data = f"--model {tiny_flow} --data {data} --data_noise 0 --features pixels"
+    return f"{data} --device cpu {sizes} {training}".split()
 
 
 @pytest.fixture(scope="module")

@@ -369,7 +369,7 @@ class Plain:
         for part in self.batches(images):
             if self.args.features == "fashion":
                 net = FeatureNet.load()
-                parts.append((net.body(part) - net.centre) * net.scale)
+                parts.append(net.body(part))
             else:  # means over the fields of an 8 x 8 grid
                 size = max(1, self.shape[1] // 8)
                 parts.append(part.unflatten(3, (-1, size)).unflatten(2, (-1, size)).mean((3, 5)).flatten(1))
@@ -591,7 +591,7 @@ def settings(tmp_path_factory, pictures):
     small = save_flow(models / "small", unet(4, 1, 1, (4,)), "unet", 0.3)
     fashion = {"model": grey, "seed": 3, "steps": 3, "grid_power": 1.4, "sample_batch": 14, "data_noise": 0.1}
     fashion |= {"images": 39, "tolerance": 1e-4, "max_iterations": 9, "memory": 0, "max_failed": 0.5}
-    fashion |= {"corrector_network": "unet:4,8", "corrector_steps": 3, "held_out": 0.4, "updates": 8}
+    fashion |= {"corrector_network": "unet:4,8", "corrector_steps": 3, "held_out": 0.4, "updates": 20}
     fashion |= {"batch": 31, "lr": 0.9, "checkpoint_every": 3, "eval_images": 22}
     fashion |= {"eval_corrector_steps": (1, 2), "longer_lr": 0.3}
     folder = {"model": coloured, "data": pictures, "seed": 1, "steps": 3, "sample_batch": 16}
@@ -779,9 +779,7 @@ def test_seeds(ran):
     assert Counter(ran.seen.seeds) == Counter(training + evaluation + others)
     assert len(set(training)) == len(training) and not set(training) & set(evaluation + others)
     assert len(set(evaluation)) == args.eval_images + count
-    drawn = {seed_of("reference"), seed_of("floor")}
-    drawn |= {seed_of("invert", args.seed), seed_of("train", args.seed)}
-    assert sorted(ran.seen.drawn) == ([] if args.data else sorted(drawn))
+    assert not ran.seen.drawn  # nothing is drawn from numpy
 
 
 def test_printed(ran):

@@ -90,10 +90,8 @@ NUMBERS = {  # part of a key: its least and largest value; every one is a word o
     "step": (1, 999),
     "image": (0, 10**9),  # image, update
 }
-# Keys that begin alike and differ in length. Of a probe the longer one has more than four words, of a feature
-# test it does not end in 0. Of a flow they do collide, see test_no_two_keys_of_a_run_collide
-UNEVEN = {("SEED probe", "SEED probe prompt sample"), ("feature_test", "feature_test count")}
-UNEVEN |= {("SEED flow", "SEED flow image")}
+# Keys that begin alike and differ in length. The longer one has more than four words.
+UNEVEN = {("SEED probe", "SEED probe prompt sample")}
 
 
 def calls_in(file):
