@@ -70,7 +70,8 @@ from common import (
     model_hash,
     predict_velocity,
 )
-from shapes.flow_data import FLOW, WORLD, FeatureNet, draw
+from fashion.features import FeatureNet
+from fashion.images import FOLDER, SHAPE, reference_images, training_images
 from utils.figures import Figure, keeps_the_run, save_figure
 from utils.images import read_images
 from utils.runs import (
@@ -88,9 +89,8 @@ from utils.runs import (
 )
 
 Normalise = Literal["auto", "scale", "gaussian"]
-Features = Literal["auto", "shapes", "pixels", "inception"]
+Features = Literal["auto", "fashion", "pixels", "inception"]
 MOST_COVARIANCE = 4096  # numbers in an image; beyond, their covariance would be larger than any model here
-TRAIN_IMAGES = 20_000  # of the embedded world, to train the base on (control)
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 GAUSSIAN_FILE = "gaussian.safetensors"  # in the corrector's folder
 
@@ -104,32 +104,32 @@ class Args:
     resume: str = ""  # run folder to continue; every other argument is taken from it
     device: Device = "auto"  # auto: CUDA or MPS if there is one; everything is computed in float32
 
-    model: str = str(FLOW)  # folder with unet/ or transformer/, and scheduler/ (FlowMatchEulerDiscrete)
-    data: str = ""  # folder of images; left out: the embedded world of shapes
-    data_noise: float = 0.0  # standard deviation of noise added to all images; helps the inversion
+    model: str = str(FOLDER)  # folder with unet/ or transformer/, and scheduler/ (FlowMatchEulerDiscrete)
+    data: str = ""  # folder of images; left out: Fashion-MNIST, 16 x 16
+    data_noise: float = 0.02  # standard deviation of noise added to all images; helps the inversion
     reference_share: float = 0.5  # share of --data kept for the Frechet distance, never trained on
 
-    steps: int = 6  # N, Euler steps of the sampler that is inverted and corrected
+    steps: int = 8  # N, Euler steps of the sampler that is inverted and corrected
     grid_power: float = 1.0  # sigma_k = (1 - k / N)^power, before the scheduler's own shift; 1: even steps
     sample_batch: int = 500  # images inverted or sampled at a time
 
-    images: int = 20_000  # images to invert, at most
+    images: int = 3000  # images to invert, at most
     tolerance: float = 1e-3  # a step has converged when its pixels change by less (root mean square)
     max_iterations: int = 60  # model calls per step of the inversion, at most
     memory: int = 2  # changes that Anderson acceleration combines; 0: the plain fixed-point iteration
     max_failed: float = 0.1  # stop if a larger share of the images does not converge
 
-    corrector_network: str = "token:64,64"  # see new_network; above 8 x 8 pixels for instance unet:16,32,32
+    corrector_network: str = "unet:16,32,32"  # see new_network
     corrector_steps: int = 4  # M, Euler steps of the corrector
     normalise: Normalise = "auto"  # of z; auto: gaussian if there are ten noises for each number of an image
     held_out: float = 0.1  # share of the inverted noises that choose the weights and are not trained on
-    updates: int = 4000  # optimiser updates of the corrector
-    batch: int = 256  # images per update
+    updates: int = 1800  # optimiser updates of the corrector
+    batch: int = 128  # images per update
     lr: float = 1e-3  # AdamW learning rate of the corrector: warm-up, then cosine to 0
     checkpoint_every: int = 250  # updates between two checkpoints
 
-    features: Features = "auto"  # auto: shapes without --data; else inception if it is installed, or pixels
-    eval_images: int = 4000  # images per row of the table
+    features: Features = "auto"  # auto: fashion without --data; else inception if it is installed, or pixels
+    eval_images: int = 2000  # images per row of the table
     eval_steps: tuple[int, ...] = ()  # of the base, beside N; none: at equal FLOPs, 2N, 4N
     eval_corrector_steps: tuple[int, ...] = (2, 8)  # other M with which the corrector is shown
     longer: bool = True  # control: train the base on for as many FLOPs as inversion and corrector took
@@ -642,10 +642,10 @@ def inversion_report(batches):
 def frechet_features(name, device, batch):
     """A function: images (n, channels, height, width) in [-1, 1] -> features (n, d), a batch at a time.
 
-    name: "shapes", 64 of the network that was trained on the embedded world; "pixels", means over the
-    fields of an 8 x 8 grid; "inception", the 2048 of the standard FID, from the package torch-fidelity.
+    name: "fashion", 64 of a network that tells the classes of Fashion-MNIST; "pixels", means over the fields
+    of an 8 x 8 grid; "inception", the 2048 of the standard FID, from the package torch-fidelity.
     """
-    if name == "shapes":
+    if name == "fashion":
         network = FeatureNet.load().to(device)
     elif name == "pixels":
 
@@ -732,25 +732,19 @@ def add_data_noise(images, std, name):
 
 
 def load_images(args, shape, files):
-    """The images of a run, from the files or of the embedded world, each (n, *shape), about [-1, 1].
+    """The images of a run, from the files or of Fashion-MNIST, each (n, *shape), about [-1, 1].
 
     Returns {"invert": to learn the noises of, "reference": for the Frechet distance, "floor": their distance
-    from the reference is that of as many perfect samples, "train": to train the base on}. Of a folder,
-    "reference" has no image in common with the others, and "floor" may hold fewer than --eval_images: then
-    its distance is larger than that of --eval_images perfect samples.
+    from the reference is that of as many perfect samples, "train": to train the base on}. "reference" has no
+    image in common with the others. "floor" may hold fewer than --eval_images: then its distance is larger
+    than that of --eval_images perfect samples.
     """
     if files:
         reference, others = split_images(read_images(files, shape), args.reference_share)
-        images = {"reference": reference, "train": others}
-        images |= {"invert": others[: args.images], "floor": others[: args.eval_images]}
     else:
-        images = {
-            "invert": draw(args.images, derived_seed("invert", args.seed))[0],
-            "reference": draw(5 * args.eval_images, derived_seed("reference"))[0],
-            "floor": draw(args.eval_images, derived_seed("floor"))[0],
-        }
-        if args.longer:
-            images["train"] = draw(TRAIN_IMAGES, derived_seed("train", args.seed))[0]
+        reference, others = reference_images(), training_images()
+    images = {"reference": reference, "train": others}
+    images |= {"invert": others[: args.images], "floor": others[-args.eval_images :]}
     return {name: add_data_noise(x, args.data_noise, name) for name, x in images.items()}
 
 
@@ -764,13 +758,13 @@ def check_images(args, shape):
             f"--normalise gaussian: {d} numbers in an image are too many, {MOST_COVARIANCE} at most; take "
             "scale"
         )
-    if not args.data and shape != WORLD:
+    if not args.data and shape != SHAPE:
         raise InputError(
-            f"--data: the embedded images are {WORLD}, the model's {shape}; give a folder of images"
+            f"--data: the embedded images are {SHAPE}, the model's {shape}; give a folder of images"
         )
-    if args.features == "shapes" and shape != WORLD:
+    if args.features == "fashion" and shape != SHAPE:
         raise InputError(
-            f"--features shapes: judges images of shape {WORLD} only, not {shape}; use pixels or inception"
+            f"--features fashion: judges images of shape {SHAPE} only, not {shape}; use pixels or inception"
         )
     if args.features == "inception" and not importlib.util.find_spec("torch_fidelity"):
         raise InputError(
@@ -909,7 +903,7 @@ def prepare(args):
     args.device = check_device(args.device, "float32")
     if args.features == "auto":
         standard = "inception" if importlib.util.find_spec("torch_fidelity") else "pixels"
-        args.features = standard if args.data else "shapes"
+        args.features = standard if args.data else "fashion"
     shape = check_flow(args.model)
     check_network(args.corrector_network, shape[1], "--corrector_network")
     check_images(args, shape)

@@ -217,11 +217,11 @@ EARLY = [  # found before anything is loaded
         "inverse_noise_correction",
         {
             "--model @/full": "--model | full: no such folder, or neither unet/ nor transformer/ in it",
-            "--model @/four": "--data: the embedded images are (1, 8, 8), the model's (1, 4, 4); give",
+            "--model @/four": "--data: the embedded images are (1, 16, 16), the model's (1, 4, 4); give",
             "--data @/missing": "--data | missing: no such folder",
             "--data @/one.txt": "--data | one.txt: no such folder",
             "--data @/few": "--data | few: 1 images are too few, 20 to invert and 20 as reference are needed",
-            "--model @/four --data @/few --features shapes": "--features shapes: | (1, 8, 8) only | pixels",
+            "--model @/four --data @/few --features fashion": "--features fashion: | (1, 16, 16) only",
             "--features inception": "--features inception: needs the package torch-fidelity | or use pixels",
             "--model @/large --corrector_network unet:4 --normalise gaussian": "--normalise gaussian: 16384 "
             "numbers | take scale",
@@ -339,9 +339,9 @@ def late_files(files, tiny_v, tmp_path_factory):
     shutil.copytree(tiny_v, folder / "cut_unet")
     shutil.copytree(tiny_v, folder / "cut_vae")
     shutil.copytree(tiny_v, folder / "no_text_encoder", ignore=shutil.ignore_patterns("text_encoder"))
-    shutil.copytree(ROOT / "shapes" / "flow", folder / "cut_flow")
+    shutil.copytree(ROOT / "fashion", folder / "cut_flow")
     weights = "diffusion_pytorch_model.safetensors"
-    for name in (f"cut_unet/unet/{weights}", "cut_vae/vae/config.json", f"cut_flow/transformer/{weights}"):
+    for name in (f"cut_unet/unet/{weights}", "cut_vae/vae/config.json", f"cut_flow/unet/{weights}"):
         os.truncate(folder / name, 500)
     for name, level in {"too_large": 1000, "negative": -1, "other_level": 499, "cut_lora": 499}.items():
         (folder / name).mkdir()
@@ -619,7 +619,7 @@ def test_bad_pipelines(name, files):
 
 
 def test_a_flow_is_no_pipeline():
-    refused("--model | flow: cannot be loaded | model_index.json", check_model, f"{ROOT}/shapes/flow")
+    refused("--model | flow: cannot be loaded | model_index.json", check_model, f"{ROOT}/fashion")
 
 
 @pytest.mark.parametrize("name", FLOWS)

@@ -30,6 +30,7 @@ from conftest import (
     run_script,
     seeded,
 )
+from fashion import train
 from inverse_noise_correction import (
     Corrector,
     correct,
@@ -43,7 +44,6 @@ from inverse_noise_correction import (
     new_network,
     noise_statistics,
 )
-from shapes import train_flow
 from utils.runs import InputError
 
 SCRIPT = "inverse_noise_correction.py"
@@ -544,7 +544,7 @@ def test_count_flops():
 def save_flow(folder, network, **scheduler):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    train_flow.save_flow(Flow(network, FlowMatchEulerDiscreteScheduler(**scheduler), "cpu"), folder)
+    train.save_flow(Flow(network, FlowMatchEulerDiscreteScheduler(**scheduler), "cpu"), folder)
     return str(folder)
 
 
@@ -735,7 +735,8 @@ def arguments(tiny_flow, data):
     """The shortest run that does everything; later arguments replace earlier ones."""
     sizes = "--steps 3 --images 40 --sample_batch 16 --eval_images 20 --batch 8 --eval_corrector_steps 3"
     training = "--corrector_network unet:4 --corrector_steps 2 --updates 5 --checkpoint_every 2 --lr 0.01"
-    return f"--model {tiny_flow} --data {data} --device cpu --features pixels {sizes} {training}".split()
+    data = f"--model {tiny_flow} --data {data} --data_noise 0 --features pixels"
+    return f"{data} --device cpu {sizes} {training}".split()
 
 
 @pytest.fixture(scope="module")
@@ -903,7 +904,7 @@ def test_killed_and_resumed(arguments, uninterrupted, tmp_path):
 
 
 def test_flow_trained_on_a_folder(arguments, data, tmp_path, monkeypatch):
-    """shapes/train_flow.py trains on the images that are no reference, RGB; its flow can be corrected."""
+    """fashion/train.py trains on the images that are no reference, RGB; its flow can be corrected."""
     monkeypatch.chdir(tmp_path)
     trained_on = []
 
@@ -911,16 +912,16 @@ def test_flow_trained_on_a_folder(arguments, data, tmp_path, monkeypatch):
         trained_on.append(images)
         return inc.flow_objective(flow, images, batch)
 
-    monkeypatch.setattr(train_flow, "flow_objective", flow_objective)
+    monkeypatch.setattr(train, "flow_objective", flow_objective)
     settings = {"data": data, "size": 8, "channels": 3, "data_noise": 0.5, "network": "unet:4,4"}
-    args = train_flow.Args(out=tmp_path / "flow", updates=5, batch=8, device="cpu", **settings)
-    train_flow.main(args)
+    args = train.Args(out=tmp_path / "flow", updates=5, batch=8, device="cpu", **settings)
+    train.main(args)
     assert torch.equal(trained_on[0], images_of(data, (3, 8, 8), data_noise=0.5)["train"])
     assert {p.name for p in (tmp_path / "flow").iterdir()} == {"unet", "scheduler"}
     flow = Flow.load("flow", "cpu")
     assert flow.shape == check_flow("flow") == (3, 8, 8)
     with pytest.raises(InputError, match="flow/unet exists: remove it or choose another --out"):
-        train_flow.main(args)
+        train.main(args)
 
     flags = "--model flow --steps 20 --data_noise 0.5 --eval_steps 20 --max_failed 0.5 --no-longer"
     argv = [*arguments, *flags.split(), "--eval_corrector_steps", "--output", "run"]
@@ -976,11 +977,13 @@ def test_other_grid_and_noise(finished, tiny_flow, data, run_with):
         assert after["base", steps] == pytest.approx(frechet_distance(reference, sampled), rel=1e-6)
 
 
-def test_a_batch_of_which_none_is_inverted_stops_the_run(tmp_path, monkeypatch):
-    """Of the embedded transformer, which cannot be called with an empty batch."""
+def test_a_batch_of_which_none_is_inverted_stops_the_run(arguments, tmp_path, monkeypatch):
+    """Of a transformer, which cannot be called with an empty batch."""
     monkeypatch.chdir(tmp_path)
-    flags = "--device cpu --images 40 --sample_batch 20 --max_iterations 2 --tolerance 1e-6 --output run"
-    code, _, error = run_inside(flags.split(), SCRIPT)
+    torch.manual_seed(0)
+    folder = save_flow(tmp_path / "flow", new_network("token:8,8", 8, 1, 1))
+    flags = "--images 40 --sample_batch 20 --max_iterations 2 --tolerance 1e-6 --output run"
+    code, _, error = run_inside([*arguments, "--model", folder, *flags.split()], SCRIPT)
     named = "20 of the first 20 images could not be inverted"
     assert_one_line(code, error.split("\r")[-1].lstrip(), named)
 

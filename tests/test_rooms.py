@@ -12,24 +12,26 @@ import pytest
 from conftest import ROOT
 
 METHODS = ("graft", "pgraft", "noise_ppo", "inverse_noise_correction")
-ROOMS = ("utils", "shapes", "benchmarks", "tests")
+ROOMS = ("utils", "shapes", "fashion", "benchmarks", "tests")
 FILES = {  # name, as in "utils/runs": path
     path.relative_to(ROOT).with_suffix("").as_posix(): path
     for path in sorted([*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).glob("*.py"))])
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-BASICS = {"utils", "common", "rewards", "shapes/render", "shapes/check", "shapes/flow_data"}
+FASHION = {"fashion/images", "fashion/features"}
+BASICS = {"utils", "common", "rewards", "shapes/render", "shapes/check", *FASHION}
 MAY_IMPORT = {  # file or room: the files and rooms that it may import
     "utils": {"utils"},
-    "shapes/render": {"shapes/render", "shapes/check", "shapes/flow_data"},
-    "shapes/check": {"shapes/render", "shapes/check", "shapes/flow_data"},
-    "shapes/flow_data": {"shapes/render", "shapes/check", "shapes/flow_data"},
+    "shapes/render": {"shapes/render", "shapes/check"},
+    "shapes/check": {"shapes/render", "shapes/check"},
+    **dict.fromkeys(FASHION, FASHION),
     "common": {"utils"},
     "rewards": BASICS - {"rewards"},
     **dict.fromkeys(METHODS, BASICS),
     "shapes": BASICS | {"shapes", *METHODS},  # the scripts that train the embedded models
+    "fashion": BASICS | {"fashion", *METHODS},
     "benchmarks": BASICS | {"shapes", *METHODS, "benchmarks"},
-    "tests": BASICS | {"shapes", *METHODS, "benchmarks", "tests"},
+    "tests": BASICS | {"shapes", "fashion", *METHODS, "benchmarks", "tests"},
 }
 
 
@@ -111,7 +113,7 @@ def users_of_utils():
     """{file:function of utils: scripts that use it, themselves or through another function of utils}."""
     users = {key: set() for key in UTILS}
     for name in FILES:
-        scripts = {name} if name in METHODS or room(name) in ("shapes", "benchmarks") else set()
+        scripts = {name} if name in METHODS or room(name) in ("shapes", "fashion", "benchmarks") else set()
         scripts |= set(METHODS) if name in ("common", "rewards") else set()  # they serve all scripts
         for module, part, _ in imports(name):
             for key in (f"{project_file(module)}:{part}", f"{project_file(f'{module}.{part}')}:"):

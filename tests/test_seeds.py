@@ -3,11 +3,9 @@
 numpy's SeedSequence turns a key into words of 32 bits (a text into the words of its bytes as a number, least
 first) and fills up to four words with zeros. So two keys give one seed if and only if these words are equal,
 but for chance (2^-63 a pair). `collision` says whether two kinds of key can have the same words, for all
-values that the settings allow. Of the keys that meet in a run there are two such pairs, both harmless:
+values that the settings allow. Of the keys that meet in a run there is one such pair, and it is harmless:
   - With --seed 1702257004, the number of the text "eval", training image (r, i, 0) has the noise of
     evaluation image (r, i), which is of another prompt. No other of the 2^63 seeds does that.
-  - The first update of a flow (shapes/train_flow.py) has the seed of its images. One is of a torch generator,
-    the other of a numpy one, so they draw different numbers.
 Chance counts for more in torch, whose CPU generator reads 32 of the 63 bits: among the 31,608 images and
 updates of a run of noise_ppo.py, two share their noise with a probability of 11 %. With seed 0 these are
 images (24, 155, 5) and (25, 174, 3), of two prompts and iterations.
@@ -30,7 +28,6 @@ from common import derived_seed
 from conftest import ROOT, arguments_for, run_inside
 from ddpo import Args as DdpoArgs
 from diffusion_nft import Args as NftArgs
-from shapes import flow_data
 from utils.runs import InputError
 
 # ---------------------------------------------------------------- the keys in the source
@@ -63,23 +60,13 @@ CALLS = {
         "args.seed, 'update', it": ["SEED update round"],
     },
     "inverse_noise_correction": {
-        "*key, i": ["SEED corrector image", "SEED longer image"],  # in fit, also of shapes/train_flow.py
+        "*key, i": ["SEED corrector image", "SEED longer image"],  # in fit, also of fashion/train.py
         "'held out'": ["held_out"],
         "'eval', number": ["eval image"],
         "'split'": ["split"],
         "'data noise', name": [f"data_noise {name}" for name in ("reference", "train", "invert", "floor")],
-        "'invert', args.seed": ["invert SEED"],
-        "'reference'": ["reference"],
-        "'floor'": ["floor"],
-        "'train', args.seed": ["train SEED"],
         "'eval', 0": ["eval image"],
         "'statistics', i": ["statistics image"],
-    },
-    "shapes/train_flow": {
-        "args.seed, 'features', int(vary)": ["SEED features bit"],
-        "'feature test'": ["feature_test"],
-        "'feature test', n": ["feature_test count"],
-        "args.seed, 'flow'": ["SEED flow"],
     },
     "benchmarks/ddpo": {
         "args.seed, r, i, j": ["SEED round prompt sample"],
@@ -108,10 +95,7 @@ RUNS = {  # script: the kinds of key that meet in one of its runs
     "benchmarks/path_kl": ["eval prompt sample"],
     "benchmarks/base": ["eval prompt sample", "best prompt sample"],
     "benchmarks/evaluate": ["eval prompt sample"],
-    "shapes/train_flow": [
-        *sum(CALLS["shapes/train_flow"].values(), []),
-        *["SEED feature_network image", "SEED flow image", "split", "data_noise train"],
-    ],
+    "fashion/train": ["SEED feature_network image", "SEED flow image", "split", "data_noise train"],
 }
 NUMBERS = {  # part of a key: its least and largest value; every one is a word of 32 bits
     "round": (0, 10**5),  # round, iteration; order of the prompts
@@ -119,13 +103,9 @@ NUMBERS = {  # part of a key: its least and largest value; every one is a word o
     "sample": (0, 10**4),  # sample, restart
     "step": (1, 999),
     "image": (0, 10**9),  # image, update
-    "count": (4, 10**4),
-    "bit": (0, 1),
 }
-# Keys that begin alike and differ in length. Of a probe the longer one has more than four words, of a feature
-# test it does not end in 0. Of a flow they do collide, see test_no_two_keys_of_a_run_collide
-UNEVEN = {("SEED probe", "SEED probe prompt sample"), ("feature_test", "feature_test count")}
-UNEVEN |= {("SEED flow", "SEED flow image")}
+# Keys that begin alike and differ in length. The longer one has more than four words.
+UNEVEN = {("SEED probe", "SEED probe prompt sample")}
 
 
 def calls_in(file):
@@ -233,7 +213,7 @@ def collision(one, other, large):
 
 
 def test_no_two_keys_of_a_run_collide():
-    """But for one seed, and for the first update of a flow: see above."""
+    """But for one seed: see above."""
     found = {}
     for script, kinds in RUNS.items():
         for pair in itertools.combinations(dict.fromkeys(kinds), 2):
@@ -244,10 +224,7 @@ def test_no_two_keys_of_a_run_collide():
                     found.setdefault(pair, []).append((script, needed))
     tuned = ("graft", "pgraft", "noise_ppo", "benchmarks/ddpo", "benchmarks/diffusion_nft", "benchmarks/awm")
     unlucky = [(script, {"SEED low": 1702257004}) for script in tuned]
-    assert found == {
-        ("eval prompt sample", "SEED round prompt sample"): unlucky,
-        ("SEED flow", "SEED flow image"): [("shapes/train_flow", {})] * 2,
-    }
+    assert found == {("eval prompt sample", "SEED round prompt sample"): unlucky}
     assert derived_seed(1702257004, 2, 3, 0) == derived_seed("eval", 2, 3)
     assert derived_seed(0, "flow") == derived_seed(0, "flow", 0)
 
@@ -345,8 +322,6 @@ def test_no_noise_is_drawn_twice(script, seeds, tiny_arguments, tmp_path, monkey
     """No seed of a run's training occurs twice, none is of the evaluation, whose seeds do not depend on the
     run's. All keys are of the kinds of RUNS."""
     monkeypatch.chdir(tmp_path)
-    draw = flow_data.draw  # 20,000 images of the embedded world, of which a run reads a few
-    monkeypatch.setattr(flow_data, "draw", lambda count, seed: draw(min(count, 100), seed))
     args_class = {"noise_ppo": noise_ppo.Args, "benchmarks/ddpo": DdpoArgs, "pgraft": pgraft.Args}
     args_class |= {"benchmarks/diffusion_nft": NftArgs, "benchmarks/awm": AwmArgs}
     argv = arguments_for(args_class.get(script, graft.Args), tiny_arguments)

@@ -1,0 +1,229 @@
+"""Make the folder fashion/ again from Fashion-MNIST's own files, or train a flow of other images.
+
+Run: python -m fashion.train --out my_fashion                            (flow, features and images)
+     python -m fashion.train --seed 1 --no-features --no-images --out flow1  (another flow for experiments)
+     python -m fashion.train --data my_images --size 32 --channels 3 --out my_flow
+Fashion-MNIST: the four files of https://github.com/zalandoresearch/fashion-mnist, which Debian's package
+dataset-fashion-mnist installs (MIT licence).
+Result, in --out: unet/ or transformer/, and scheduler/, in diffusers format (UNet2DModel or
+DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler), for --model of inverse_noise_correction.py; for
+Fashion-MNIST also features.safetensors, train.png and reference.png. The flow learns equation (4) of
+inverse_noise_correction.py with sigma uniform. The feature network learns the classes. Both networks of
+Fashion-MNIST are stored in half precision.
+"""
+
+import gzip
+import io
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+
+from common import FLOW_NETWORKS, Device, Flow, check_device
+from fashion.features import FeatureNet
+from fashion.images import SHAPE, sheet
+from inverse_noise_correction import (
+    add_data_noise,
+    check_network,
+    find_enough_images,
+    fit,
+    flow_objective,
+    frechet_distance,
+    new_network,
+    split_images,
+)
+from utils.images import read_images
+from utils.runs import InputError, check_range, write_atomically
+
+SHEETS = {"train": 20_000, "reference": 10_000}  # images in each
+FILES = {"train": "train", "reference": "t10k"}  # names of their files begin with
+
+
+@dataclass
+class Args:
+    """Train the embedded flow and the feature network on Fashion-MNIST, or a flow of a folder of images."""
+
+    out: Path  # folder for the result; no part of it may be there already
+    mnist: Path = Path("/usr/share/datasets/fashion-mnist")  # folder of the four files, .gz or not
+    seed: int = 0  # seed of everything
+    flow: bool = True  # train the flow
+    features: bool = True  # train the feature network, of Fashion-MNIST only
+    images: bool = True  # write the sheets of images, of Fashion-MNIST only
+    device: Device = "auto"  # auto: CUDA if there is one
+
+    data: str = ""  # folder of images; left out: Fashion-MNIST
+    size: int = 16  # with --data: pixels of a side
+    channels: int = 1  # with --data: 1 grey, 3 RGB
+    data_noise: float = 0.02  # as in inverse_noise_correction.py
+    reference_share: float = 0.5  # with --data: share not trained on, for inverse_noise_correction.py
+
+    network: str = "unet:24,48,48"  # see new_network
+    updates: int = 16_000  # optimiser updates of the flow
+    batch: int = 128  # images per update
+    lr: float = 1e-3  # AdamW learning rate: warm-up, then cosine to 0
+    feature_updates: int = 3000  # updates of the feature network
+
+    def __post_init__(self):
+        """InputError for a value out of range, or for settings that do not go together."""
+        check_range(self, "seed", 0, 2**63 - 1)
+        check_range(self, "size", 1, 1024)
+        check_range(self, "data_noise", 0, 10)
+        check_range(self, "reference_share", 0.05, 0.95)
+        check_range(self, "updates", 1, 10**9)
+        check_range(self, "batch", 1, 10**6)
+        check_range(self, "lr", 1e-12, 1)
+        check_range(self, "feature_updates", 1, 10**9)
+        if self.channels not in (1, 3):
+            raise InputError(f"--channels {self.channels}: must be 1 (grey) or 3 (RGB)")
+        if self.data and not self.flow:
+            raise InputError("--no-flow: of --data only a flow can be trained")
+
+
+def read_idx(folder: Path, name: str) -> np.ndarray:
+    """The numbers of an IDX file of bytes, or of the same file packed by gzip. InputError if there is none,
+    or if it is damaged."""
+    file = next((f for f in (folder / f"{name}.gz", folder / name) if f.is_file()), None)
+    if file is None:
+        raise InputError(
+            f"--mnist {folder}: holds no {name}; install Debian's package dataset-fashion-mnist, or give a "
+            "folder with the four files of Fashion-MNIST"
+        )
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        dimensions = data[3]
+        shape = np.frombuffer(data, ">i4", dimensions, offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+        raise InputError(f"--mnist {file}: cannot be read ({error})") from None
+
+
+def shrink(image: np.ndarray) -> np.ndarray:
+    """An image (28, 28) uint8 as (16, 16): each pixel is the mean of the pixels whose centres it covers."""
+    return np.asarray(Image.fromarray(image).resize(SHAPE[1:], Image.Resampling.BOX))
+
+
+def read_fashion(folder: Path, name: str) -> tuple[np.ndarray, torch.Tensor]:
+    """(images (n, 16, 16) uint8, classes (n,) int64) of "train" or "reference". InputError: see read_idx."""
+    images = read_idx(folder, f"{FILES[name]}-images-idx3-ubyte")
+    classes = read_idx(folder, f"{FILES[name]}-labels-idx1-ubyte")
+    return np.stack([shrink(image) for image in images]), torch.from_numpy(classes.astype(np.int64))
+
+
+def as_tensor(levels: np.ndarray) -> torch.Tensor:
+    """Images (n, 16, 16) uint8 as (n, 1, 16, 16) in [-1, 1]."""
+    return torch.from_numpy(levels.reshape(-1, *SHAPE)).float() / 127.5 - 1
+
+
+def train_features(args: Args, images: torch.Tensor, classes: torch.Tensor) -> FeatureNet:
+    """The network, trained to tell the classes (n,) of images (n, 1, 16, 16)."""
+    torch.manual_seed(args.seed)
+    net = FeatureNet().to(args.device)
+
+    def loss(generator):
+        index = torch.randint(len(images), (args.batch,), generator=generator)
+        return F.cross_entropy(net.classify(images[index].to(args.device)), classes[index].to(args.device))
+
+    updates = args.feature_updates
+    for _ in fit(net, loss, updates, 1e-3, (args.seed, "feature network"), {}, updates):
+        pass
+    return net.half().float()  # what is saved
+
+
+@torch.no_grad()
+def report_features(net: FeatureNet, device: str, images: dict, classes: torch.Tensor) -> None:
+    """Print the share of test images that are told right, and the Frechet distance of the test images from
+    training images, some with a known fault. images: {"train" and "reference": (n, 1, 16, 16)}."""
+    reference, fresh = images["reference"].to(device), images["train"][:4000].to(device)
+    right = (net.classify(reference).argmax(1) == classes.to(device)).float().mean()
+    print(f"features: {right:.1%} of the test images right")
+    tenth = len(fresh) // 10
+    faults = {
+        "none": fresh,
+        "5 % less contrast": 0.95 * fresh,
+        "noise 0.05 added": fresh + 0.05 * torch.randn_like(fresh),
+        "moved by a pixel": fresh.roll(1, 3),
+        "tenth replaced by noise": torch.cat([fresh[tenth:], torch.randn_like(fresh[:tenth])]),
+    }
+    for name, faulty in faults.items():
+        print(f"  Frechet distance, fault: {name:<24} {frechet_distance(net(reference), net(faulty)):.3f}")
+
+
+def train_flow(args: Args, images: torch.Tensor) -> Flow:
+    """The trained flow of images (n, channels, size, size). The mean losses are printed."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(args.seed)
+    network = new_network(args.network, images.shape[2], images.shape[1], images.shape[1])
+    flow = Flow(network, FlowMatchEulerDiscreteScheduler(), args.device)
+    loss, state = flow_objective(flow, images, args.batch), {}
+    for _ in fit(flow.network, loss, args.updates, args.lr, (args.seed, "flow"), state, args.updates):
+        pass
+    losses = torch.tensor(state["losses"])
+    tenths = losses.split(max(1, len(losses) // 10))[:10]
+    print("flow: loss by tenth of the training " + " ".join(f"{part.mean():.4f}" for part in tenths))
+    return flow
+
+
+def save_flow(flow: Flow, folder: Path) -> None:
+    """Write the network and the scheduler in diffusers format."""
+    part = next(part for part, name in FLOW_NETWORKS.items() if name == type(flow.network).__name__)
+    flow.network.save_pretrained(folder / part)
+    flow.scheduler.save_pretrained(folder / "scheduler")
+
+
+def parts_of(args: Args) -> list[str]:
+    """What the run will write in --out."""
+    fashion = {"features.safetensors": args.features} | {f"{name}.png": args.images for name in SHEETS}
+    return [*FLOW_NETWORKS, "scheduler"] * args.flow + [
+        name for name, wanted in fashion.items() if wanted and not args.data
+    ]
+
+
+def main(args: Args) -> None:
+    args.device = check_device(args.device, "float32")
+    shape = (args.channels, args.size, args.size) if args.data else SHAPE
+    check_network(args.network, shape[1], "--network")
+    for part in parts_of(args):
+        if (args.out / part).exists():
+            raise InputError(f"{args.out / part} exists: remove it or choose another --out")
+    files = find_enough_images(args.data, args.reference_share)
+    start = time.perf_counter()
+    if files:
+        images = split_images(read_images(files, shape), args.reference_share)[1]
+    else:
+        levels = {name: read_fashion(args.mnist, name) for name in SHEETS}  # {name: (images, classes)}
+        images = as_tensor(levels["train"][0])
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, count in SHEETS.items() if args.images and not files else ():
+        picture = io.BytesIO()
+        sheet(levels[name][0][:count]).save(picture, "PNG", optimize=True)
+        write_atomically(args.out / f"{name}.png", picture.getvalue())
+    if args.features and not files:
+        net = train_features(args, images, levels["train"][1])
+        known = {name: as_tensor(part) for name, (part, _) in levels.items()}
+        report_features(net, args.device, known, levels["reference"][1])
+        weights = {name: value.half().cpu().contiguous() for name, value in net.state_dict().items()}
+        write_atomically(args.out / "features.safetensors", safetensors.torch.save(weights))
+    if args.flow:
+        flow = train_flow(args, add_data_noise(images, args.data_noise, "train"))
+        if not files:
+            flow.network.half()
+        save_flow(flow, args.out)
+    size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file()) / 1e6
+    print(f"{args.out}: {size:.1f} MB, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, use_underscores=True))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
