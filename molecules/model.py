@@ -29,7 +29,8 @@ CHANNELS = 3 + len(ELEMENTS)  # of an atom: coordinates, element
 SCALE = 1.5  # Angstrom; makes coordinates about as large as the noise
 HALF = 0.5  # an atom's element is this times a one-hot
 SIZES = {"width": 160, "pair_width": 64, "layers": 6}  # of the embedded model
-RADII = 16  # Gaussians that describe a distance
+RADII = 24  # Gaussians that describe a distance
+WAVES = 16  # sines that describe a level
 
 
 # ---------------------------------------------------------------- the space of molecules
@@ -50,6 +51,21 @@ def project(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------- the network
 
 
+class Radial(nn.Module):
+    """Distances (..., 1) in units of SCALE -> (..., RADII) Gaussians: narrow ones at the lengths of bonds and
+    between next neighbours, wide ones for the rest."""
+
+    def __init__(self):
+        super().__init__()
+        centres = torch.cat([torch.linspace(0.6, 2.1, 16), torch.linspace(0, 7, RADII - 16)])
+        widths = torch.tensor([0.1] * 16 + [1.0] * (RADII - 16))
+        self.register_buffer("centres", centres, persistent=False)
+        self.register_buffer("widths", widths, persistent=False)
+
+    def forward(self, distance: torch.Tensor) -> torch.Tensor:
+        return (-0.5 * ((distance - self.centres) / self.widths).square()).exp()
+
+
 class Layer(nn.Module):
     """One round of messages between all pairs of atoms. Changes coordinates, atom states and pair states."""
 
@@ -58,6 +74,7 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.sender = nn.Linear(width, pair_width)
         self.receiver = nn.Linear(width, pair_width)
+        self.radial = Radial()
         self.pair = nn.Linear(pair_width + RADII, pair_width)
         self.message = nn.Linear(pair_width, pair_width)
         self.gate = nn.Linear(pair_width, 1)
@@ -72,20 +89,13 @@ class Layer(nn.Module):
         distance = (apart.square().sum(3, keepdim=True) + 1e-8).sqrt()
         normed = self.norm(states)
         ends = self.receiver(normed).unsqueeze(2) + self.sender(normed).unsqueeze(1)
-        hidden = nn.functional.silu(ends + self.pair(torch.cat([pairs, radial(distance)], 3)))
+        hidden = nn.functional.silu(ends + self.pair(torch.cat([pairs, self.radial(distance)], 3)))
         pairs = pairs + nn.functional.silu(self.message(hidden))
         received = (pairs * (self.gate(pairs).sigmoid() * pair_mask)).sum(2) / 4  # (b, n, pair_width)
         weight = self.move_out(nn.functional.silu(self.move(pairs))) * pair_mask
         place = place + (apart / (distance + 1) * weight).sum(2) / 4
         hidden = nn.functional.silu(self.update(torch.cat([normed, received], 2)))
         return place, states + self.update_out(hidden), pairs
-
-
-def radial(distance: torch.Tensor) -> torch.Tensor:
-    """Distances (..., 1) in units of SCALE -> (..., RADII) Gaussians, close together where bonds are."""
-    centres = 6 * torch.linspace(0.15, 1, RADII, device=distance.device).square()
-    widths = 6 * torch.linspace(0.15, 1, RADII, device=distance.device) * (0.85 / RADII) * 2
-    return (-0.5 * ((distance - centres) / widths).square()).exp()
 
 
 class Network(nn.Module):
@@ -95,7 +105,7 @@ class Network(nn.Module):
         super().__init__()
         self.elements = nn.Linear(len(ELEMENTS), width)
         self.count = nn.Embedding(ATOMS + 1, width)
-        self.level = nn.Linear(2 * RADII, width)
+        self.level = nn.Linear(2 * WAVES, width)
         self.level_out = nn.Linear(width, width)
         self.pair_width = pair_width
         self.layers = nn.ModuleList(Layer(width, pair_width) for _ in range(layers))
@@ -111,7 +121,7 @@ class Network(nn.Module):
         mask = atom_mask(count)
         # no atom sends to itself, none to a gap
         pair_mask = mask.unsqueeze(2) * mask.unsqueeze(1) * (1 - torch.eye(ATOMS, device=x.device))[..., None]
-        angles = level[:, None] * (math.pi / 2 * torch.arange(1, RADII + 1, device=x.device))
+        angles = level[:, None] * (math.pi / 2 * torch.arange(1, WAVES + 1, device=x.device))
         waves = torch.cat([angles.sin(), angles.cos()], 1)
         condition = self.level_out(nn.functional.silu(self.level(waves))) + self.count(count)
         place, states = x[..., :3], self.elements(x[..., 3:]) + condition.unsqueeze(1)
