@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import tyro
 
+from utils.processes import FIRST, LOCAL_SIZE
 from utils.runs import InputError
 
 ROOT = Path(__file__).resolve().parent
@@ -79,6 +80,11 @@ def check_device(device: str, dtype: str, prefix: str = "") -> str:
             "of torch"
         )
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "cuda" and LOCAL_SIZE > torch.cuda.device_count():
+        raise InputError(
+            f"--nproc_per_node {LOCAL_SIZE}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            f"start as many processes, or use --{prefix}device cpu"
+        )
     if device == "cpu" and dtype == "float16":
         raise InputError(
             f"--{prefix}dtype float16 needs a CUDA device; on the CPU use --{prefix}dtype float32 or bfloat16"
@@ -376,6 +382,8 @@ class Model:
     def save_lora(self, folder: Path) -> None:
         """Write pytorch_lora_weights.safetensors,
         with the metadata without which diffusers takes alpha for the rank."""
+        if not FIRST:
+            return
         from diffusers.training_utils import _collate_lora_metadata
         from peft.utils import get_peft_model_state_dict
 

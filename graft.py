@@ -54,6 +54,7 @@ from common import (
 )
 from rewards import diversity, image_statistics, read_rewards, score
 from utils.figures import GRID_IMAGES, save_curves, save_grid, shrink
+from utils.processes import gather, own_share, several_processes, sum_gradients
 from utils.prompts import TRAIN_PROMPTS, read_prompt_sets
 from utils.runs import (
     InputError,
@@ -121,8 +122,6 @@ class Args:
     guided_loss: bool = True  # with guidance > 1: train the guided prediction, not the conditional one
     gradient_checkpointing: bool = False  # less memory, about a third slower
     save_accepted: bool = False  # write accepted images to <run>/accepted with metadata.jsonl (imagefolder)
-    sample_only: bool = False  # stop after writing the first round's accepted images: another trainer goes on
-    shard: str = ""  # with --sample_only: i/n, every n-th prompt from the i-th on; n such runs make one round
 
     def __post_init__(self):
         """InputError for a value out of range, or for settings that do not go together."""
@@ -148,10 +147,6 @@ class Args:
         check_rule(self)
         if self.micro_batch and self.batch % min(self.micro_batch, self.batch):
             raise InputError(f"--micro_batch {self.micro_batch}: must divide --batch {self.batch}")
-        if self.shard and not (self.sample_only and shard_rows(self.shard)):
-            raise InputError(
-                f"--shard {self.shard}: give --sample_only and i/n with i from 1 to n, as in 2/4"
-            )
 
 
 def check_rule(args):
@@ -174,13 +169,6 @@ def check_rule(args):
         raise InputError("--samples 1: leaves nothing to choose from; give at least 2, or another --rule")
     if args.rule == "preference" and args.samples % 2:
         raise InputError(f"--samples {args.samples}: must be even for --rule preference")
-
-
-def shard_rows(text):
-    """The rows of a round that shard "i/n" samples, as a slice; of "" all; None for anything else."""
-    i, slash, n = (text or "1/1").partition("/")
-    if slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n):
-        return slice(int(i) - 1, None, int(n))
 
 
 # ================================================================ equations: tensors in, tensors out
@@ -333,7 +321,7 @@ def sample_and_score(model, rewards, prompts, seeds, args, label):
     """Images of the prompts (n) with the seeds (n), a batch at a time.
     Returns latents (n, c, h, w), {reward or statistic: (n,)}, and the images, most of them shrunk."""
     latents, scores, images = [], [], []
-    starts = range(0, len(prompts), args.sample_batch)
+    starts = own_share(range(0, len(prompts), args.sample_batch))  # of this process, under torchrun
     for i in tqdm(starts, desc=label, unit="batch", leave=False, mininterval=1):
         batch = slice(i, i + args.sample_batch)
         # (steps + 1, batch, c, h, w)
@@ -342,8 +330,10 @@ def sample_and_score(model, rewards, prompts, seeds, args, label):
         batch_images = model.decode(x_0, label)
         latents.append(x_0.cpu())
         scores.append(score(rewards, batch_images, prompts[batch]) | image_statistics(batch_images))
-        images += shrink(batch_images, i)
-    return torch.cat(latents), {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, images
+        images.append(shrink(batch_images, i))
+    latents, scores, images = gather(latents), gather(scores), gather(images)  # of all batches, in order
+    scores = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+    return torch.cat(latents), scores, [image for batch in images for image in batch]
 
 
 # ================================================================ loss
@@ -387,7 +377,7 @@ def describe(args, model, per_round, held_out, folder):
     size = sum(p.numel() for p in model.lora().values())
     images, updates = args.rounds * per_round * args.samples, args.rounds * args.updates
     return f"""GRAFT -> {folder}
-  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}
+  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}{several_processes()}
   LoRA       rank {args.lora_rank}, alpha {args.lora_alpha:g}, {args.lora_targets}: {size:,} parameters
   sampling   {args.rounds} rounds x {per_round} prompts x {args.samples} = {images} images, \
 {args.steps} steps, guidance {args.guidance:g}, eta {args.eta:g}
@@ -451,8 +441,6 @@ def prepare(args):
     check_output(args.output, args.resume)
     args = with_family_defaults(args)
     args.device = check_device(args.device, args.dtype)
-    if args.sample_only:
-        args.rounds, args.save_accepted = 1, True
     prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     rewards = read_rewards(args.reward, args.eval_rewards)
     for reward in rewards:
@@ -467,9 +455,6 @@ def main(args):
     args, prompts, held_out, rewards = prepare(args)
     # the indices of each round's prompts
     schedule = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
-    shard = shard_rows(args.shard)
-    if not schedule[0][shard]:
-        raise InputError(f"--shard {args.shard}: a round has {len(schedule[0])} prompts; take fewer shards")
     model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
     model.timesteps(args.steps)  # only to refuse numbers of steps that the sampler cannot take
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
@@ -487,19 +472,17 @@ def main(args):
     run_start = time.perf_counter() - state["seconds"]
 
     # ------------------------------------------------------------ BASELINE
-    if not args.sample_only:
-        with model.lora_off():
-            base, base_images = evaluate(model, rewards, held_out, args, "evaluate base")
-        print(f"  base       held-out {args.reward} {base[args.reward].mean():.3f}", flush=True)
+    with model.lora_off():
+        base, base_images = evaluate(model, rewards, held_out, args, "evaluate base")
+    print(f"  base       held-out {args.reward} {base[args.reward].mean():.3f}", flush=True)
 
     for r in range(state["round"], args.rounds):
         speed = ""
         if len(state["accepted"]) == r:  # not so if the run was stopped after it had accepted
             # ---------------------------------------------------- SAMPLE, SCORE
             start, label = time.perf_counter(), f"sample {r + 1}"
-            chosen = schedule[r][shard]  # indices of this round's prompts
-            ids = torch.tensor(chosen).repeat_interleave(args.samples)  # (n,) n = prompts x samples
-            seeds = [derived_seed(args.seed, r, i, j) for i in chosen for j in range(args.samples)]
+            ids = torch.tensor(schedule[r]).repeat_interleave(args.samples)  # (n,) n = prompts x samples
+            seeds = [derived_seed(args.seed, r, i, j) for i in schedule[r] for j in range(args.samples)]
             image_prompts = [prompts[i] for i in ids]
             with model.lora_off() if args.reference == "base" else model.lora_merged():
                 latents, scores, images = sample_and_score(
@@ -512,10 +495,7 @@ def main(args):
             options = {"top_k": args.top_k, "threshold": args.threshold}
             options |= {"beta": args.beta, "reward_max": args.reward_max}
             generator = torch.Generator().manual_seed(derived_seed(args.seed, "accept", r))
-            # the table is of the whole round, so that a shard draws what one run would
-            table = torch.zeros(len(schedule[r]), args.samples)
-            table[shard] = reward
-            mask = accept(table, args.rule, **options, generator=generator)[shard]  # (prompts, samples)
+            mask = accept(reward, args.rule, **options, generator=generator)  # (prompts, samples)
             index = mask.flatten().nonzero().squeeze(1)  # (accepted,)
             accepted = {"latents": latents[index], "prompt": ids[index], "sample": index % args.samples}
             state["accepted"].append(accepted | {"reward": reward.flatten()[index]})
@@ -523,10 +503,6 @@ def main(args):
             if args.save_accepted:
                 save_accepted(folder, model, latents[index], state["accepted"], prompts, args.sample_batch)
             save()
-        if args.sample_only:
-            share = f"{len(state['accepted'][0]['reward'])} of {args.samples} x {len(schedule[r][shard])}"
-            print(f"  accepted   {share} images -> {folder}/accepted")
-            return
 
         # -------------------------------------------------------- UPDATE
         kept = state["accepted"] if args.accumulate else state["accepted"][-1:]
@@ -545,12 +521,15 @@ def main(args):
             drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout  # (batch,)
             text = model.encode(["" if d else prompts[i] for d, i in zip(drop, data_prompts[index])])
             losses.append(0.0)
-            for part in torch.arange(args.batch).split(args.micro_batch):  # (micro_batch,)
+            own = own_share(torch.arange(args.batch))  # of this process, under torchrun
+            for i in range(0, len(own), args.micro_batch):
+                part = own[i : i + args.micro_batch]  # (micro_batch,)
                 with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
                     guidance = args.guidance if args.guided_loss else 1
                     loss = denoising_loss(model, x_0[part], text[part], t[part], noise[part], guidance)
                 scaler.scale(loss * len(part) / args.batch).backward()
                 losses[-1] += loss.item() * len(part) / args.batch
+            losses[-1] = sum_gradients(parameters, losses[-1])
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
             check_finite(f"round {r + 1}, update {update + 1}", losses[-1], norm, scaler)
@@ -586,4 +565,4 @@ pipe.load_lora_weights({str(folder.resolve())!r})
 
 
 if __name__ == "__main__":
-    run_script(main, Args)
+    run_script(main, Args, shared=True)

@@ -60,6 +60,7 @@ from common import (
 )
 from rewards import diversity, image_statistics, read_rewards, score
 from utils.figures import GRID_IMAGES, save_grid, save_panels, shrink
+from utils.processes import SIZE, gather, own_share, several_processes, sum_gradients
 from utils.prompts import TRAIN_PROMPTS, read_prompt_sets
 from utils.runs import (
     InputError,
@@ -379,7 +380,7 @@ def sample_and_score(model, rewards, prompts, z, steps, args, label, statistics=
     """Images of the prompts (n) from the initial noises z (n, c, h, w), a batch at a time.
     Returns {reward or statistic: (n,)} and the images, most of them shrunk."""
     scores, images = [], []
-    starts = range(0, len(prompts), args.sample_batch)
+    starts = own_share(range(0, len(prompts), args.sample_batch))  # of this process, under torchrun
     for i in tqdm(starts, desc=label, unit="batch", leave=False, mininterval=1):
         batch = slice(i, i + args.sample_batch)
         x_0 = sample(
@@ -388,8 +389,10 @@ def sample_and_score(model, rewards, prompts, z, steps, args, label, statistics=
         batch_images = model.decode(x_0, label)
         extra = image_statistics(batch_images) if statistics else {}
         scores.append(score(rewards, batch_images, prompts[batch]) | extra)
-        images += shrink(batch_images, i)
-    return {name: torch.cat([s[name] for s in scores]) for name in scores[0]}, images
+        images.append(shrink(batch_images, i))
+    scores, images = gather(scores), gather(images)  # of all batches, in order
+    scores = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+    return scores, [image for batch in images for image in batch]
 
 
 # ================================================================ evaluation
@@ -479,7 +482,8 @@ def describe(args, model, policy, per_iteration, held_out, all_steps, folder):
     lora = f", with the LoRA of {args.lora}" if args.lora else ""
     steps = ", ".join(map(str, all_steps))
     return f"""Noise PPO -> {folder}
-  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}, frozen{lora}
+  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}{several_processes()}, \
+frozen{lora}
   policy     {args.policy}, {learns}: {size:,} parameters, {share:.1%} of the denoiser's; noise \
 {tuple(model.latent_shape)}
   sampling   {args.iterations} iterations x {per_iteration} prompts x {args.samples} = \
@@ -661,7 +665,8 @@ def main(args):
             if not loss.isfinite():
                 raise InputError(f"iteration {it + 1}: loss {loss.item()}; lower --lr or --clip")
             optimizer.zero_grad()
-            loss.backward()
+            (loss / SIZE).backward()  # under torchrun every process computes all of it: it is little
+            sum_gradients(policy.parameters())  # then the policies stay equal to the last bit
             optimizer.step()
             losses.append(loss.item())
             clipped.append((((new - old[index]).exp() - 1).abs() > args.clip).float().mean().item())
@@ -705,4 +710,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, Args)
+    run_script(main, Args, shared=True)

@@ -68,6 +68,7 @@ from common import (
 )
 from rewards import diversity, image_statistics, read_rewards, score
 from utils.figures import GRID_IMAGES, save_curves, save_grid, save_panels, shrink
+from utils.processes import gather, own_share, several_processes, sum_gradients
 from utils.prompts import TRAIN_PROMPTS, read_prompt_sets
 from utils.runs import (
     InputError,
@@ -438,7 +439,7 @@ def sample_and_score(model, rewards, prompts, seeds, args, switch_at, tuned, lab
     """Images of the prompts (n) with the seeds (n), a batch at a time. Returns (x_s, x_0), each (n, c, h, w),
     {reward or statistic: (n,)}, and the images, most of them shrunk."""
     latents, scores, images = [], [], []
-    starts = range(0, len(prompts), args.sample_batch)
+    starts = own_share(range(0, len(prompts), args.sample_batch))  # of this process, under torchrun
     for i in tqdm(starts, desc=label, unit="batch", leave=False, mininterval=1):
         batch = slice(i, i + args.sample_batch)
         # (steps + 1, batch, c, h, w)
@@ -449,8 +450,10 @@ def sample_and_score(model, rewards, prompts, seeds, args, switch_at, tuned, lab
         batch_images = model.decode(x_0, label)
         latents.append((x_s.cpu(), x_0.cpu()))
         scores.append(score(rewards, batch_images, prompts[batch]) | image_statistics(batch_images))
-        images += shrink(batch_images, i)
+        images.append(shrink(batch_images, i))
+    latents, scores, images = gather(latents), gather(scores), gather(images)  # of all batches, in order
     scores = {name: torch.cat([s[name] for s in scores]) for name in scores[0]}
+    images = [image for batch in images for image in batch]
     return [torch.cat(states) for states in zip(*latents)], scores, images
 
 
@@ -464,13 +467,14 @@ def probe(model, reward, prompts, args):
     steps = sorted({round(i * args.steps / 10) for i in range(1, 10)} - {0, args.steps})
     seeds = [derived_seed(args.seed, "probe", i, j) for i in range(len(prompts)) for j in range(2)]
     repeated = [p for p in prompts for _ in range(2)]
-    rewards = torch.zeros(len(steps), args.probe_restarts, len(repeated))  # (levels, restarts, prompts x 2)
-    starts = range(0, len(repeated), args.sample_batch)
+    rewards = []  # of each batch (levels, restarts, batch)
+    starts = own_share(range(0, len(repeated), args.sample_batch))  # of this process, under torchrun
     for i in tqdm(starts, desc="probe", unit="batch", leave=False, mininterval=1):
         batch = slice(i, i + args.sample_batch)
         text = model.encode(repeated[batch])
         noise = draw_noise(seeds[batch], args.steps, model.latent_shape, model.dtype)
         x, before = noise[0], 0
+        rewards.append(torch.zeros(len(steps), args.probe_restarts, len(text)))
         for k, step in enumerate(steps):
             between = noise[before + 1 : step + 1]
             x = denoise(model, x, levels[before : step + 1], between, text, args.guidance, args.eta)
@@ -480,9 +484,9 @@ def probe(model, reward, prompts, args):
                 # a draw for each step left
                 fresh = draw_noise(restart_seeds, args.steps - step - 1, model.latent_shape, model.dtype)
                 x_0 = denoise(model, x, levels[step:], fresh, text, args.guidance, args.eta)
-                rewards[k, j, batch] = reward(model.decode(x_0, "probe"), repeated[batch])
+                rewards[-1][k, j] = reward(model.decode(x_0, "probe"), repeated[batch])
     rows = []
-    rewards = rewards.view(len(steps), args.probe_restarts, -1, 2)  # (levels, restarts, prompts, states)
+    rewards = torch.cat(gather(rewards), 2).unflatten(2, (-1, 2))  # (levels, restarts, prompts, states)
     for step, values in zip(steps, rewards):
         share, se = unresolved_share(values.permute(1, 2, 0))
         level = {"step": step, "timestep": levels[step], "switch": levels[step] / model.train_timesteps}
@@ -533,7 +537,7 @@ def describe(args, model, per_round, held_out, folder, prompts):
     probed = f"{min(args.probe_prompts, len(prompts))} prompts x 2 states x {args.probe_restarts} restarts"
     switch = f"chosen by probing {probed} at each level" if args.switch == "auto" else args.switch
     return f"""P-GRAFT -> {folder}
-  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}
+  model      {args.model}, {model.prediction_type}, {args.dtype} on {args.device}{several_processes()}
   LoRA       rank {args.lora_rank}, alpha {args.lora_alpha:g}, {args.lora_targets}: {size:,} parameters
   sampling   {args.rounds} rounds x {per_round} prompts x {args.samples} = {images} images, \
 {args.steps} steps, guidance {args.guidance:g}, eta {args.eta:g}
@@ -749,7 +753,9 @@ def main(args):
             drop = torch.rand(args.batch, generator=generator) < args.prompt_dropout  # (batch,)
             text = model.encode(["" if d else prompts[i] for d, i in zip(drop, data_prompts[index])])
             losses.append(0.0)
-            for part in torch.arange(args.batch).split(args.micro_batch):  # (micro_batch,)
+            own = own_share(torch.arange(args.batch))  # of this process, under torchrun
+            for i in range(0, len(own), args.micro_batch):
+                part = own[i : i + args.micro_batch]  # (micro_batch,)
                 with torch.autocast(args.device, DTYPES[args.dtype], enabled=args.dtype != "float32"):
                     guidance = args.guidance if args.guided_loss else 1
                     loss = denoising_loss(
@@ -757,6 +763,7 @@ def main(args):
                     )
                 scaler.scale(loss * len(part) / args.batch).backward()
                 losses[-1] += loss.item() * len(part) / args.batch
+            losses[-1] = sum_gradients(parameters, losses[-1])
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
             check_finite(f"round {r + 1}, update {update + 1}", losses[-1], norm, scaler)
@@ -797,4 +804,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script(main, Args)
+    run_script(main, Args, shared=True)

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from utils.processes import FIRST
 from utils.runs import write_atomically
 
 GRID_IMAGES = 24  # images of a run that keep their full size, for grid.png: six prompts x 4
@@ -83,6 +84,8 @@ def save_panels(path: Path, panels: list[tuple[str, str, dict]], log_x: bool = F
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Atomically write a figure as PNG."""
+    if not FIRST:
+        return
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, bbox_inches="tight", metadata={"Software": None})
     write_atomically(path, buffer.getvalue())

@@ -15,6 +15,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 import typing
 import zipfile
 from pathlib import Path
@@ -23,6 +24,19 @@ import filelock
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
+
+from utils.processes import (
+    FIRST,
+    LAUNCHED,
+    LOCAL_SIZE,
+    SIZE,
+    ProcessLost,
+    end_processes,
+    first_to_report,
+    leave,
+    one_voice,
+    start_processes,
+)
 
 LOCK_FILE = ".lock"  # in the run folder
 # what a full, read-only or broken disk says; anything else is a bug
@@ -105,36 +119,63 @@ def has_type(value, kind) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def run_script(main, args_class) -> None:
-    """main(args) with the arguments of the command line.
+def run_script(main, args_class, shared: bool = False) -> None:
+    """main(args) with the arguments of the command line. shared: torchrun may start it in several processes.
 
     InputError, a full or read-only disk and lack of memory end the program with one line and exit code 2;
-    Ctrl-C with 130. The line says how to continue the run, if there is one.
+    Ctrl-C with 130. The line says how to continue the run, if there is one. An error in one process ends all.
     """
     # tensorboard's thread prints an OSError that is raised in the main thread too
     threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     try:
-        main(parse_arguments(args_class))
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, Exception) as error:
-        message = " ".join(str(error).split())
-        of_memory = "out of memory|can't allocate memory"  # CUDA's words, the CPU's
-        if isinstance(error, MemoryError) or re.search(of_memory, message):
-            print(f"error: out of memory ({message}): lower the batch sizes", file=sys.stderr)
-            sys.exit(2)
-        folder = Path(LOCKS[0].lock_file).parent if LOCKS else None
-        begun = folder and (folder / "args.json").is_file()
-        hint = f"Continue with: python {sys.argv[0]} --resume {folder}" if begun else "Nothing was written."
-        if isinstance(error, KeyboardInterrupt):
-            print(f"\ninterrupted. {hint}", file=sys.stderr)
-            sys.exit(130)
-        # libraries wrap the disk's errors in their own
-        if not any(os.strerror(code) in str(error) for code in DISK_ERRORS):
+        try:
+            start_processes()
+            with one_voice():
+                if SIZE > 1 and not shared:
+                    raise InputError(
+                        f"{sys.argv[0]} uses one process; start it with python, not with torchrun"
+                    )
+                main(parse_arguments(args_class))
+            end_processes()
+        except ProcessLost:  # by now torchrun is ending this one too, if they were on one machine
+            time.sleep(5)
             raise
-        print(f"error: {message}: make room or allow access; nothing saved is lost. {hint}", file=sys.stderr)
-        sys.exit(2)
+    except SystemExit as stop:  # tyro has printed what was wrong, or the help
+        leave(stop.code or 0)
+    except (KeyboardInterrupt, Exception) as error:
+        text, code = last_words(error)
+        reports = FIRST if isinstance(error, KeyboardInterrupt) else first_to_report()
+        if reports and text:
+            print(text, file=sys.stderr)
+        elif reports and not LAUNCHED:
+            raise
+        elif reports:
+            traceback.print_exception(error)
+        leave(code)
+
+
+def last_words(error: BaseException) -> tuple[str, int]:
+    """(what to print about it, exit code). An error that is neither the user's nor the machine's has no
+    words: its traceback says more."""
+    message = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return f"error: {message}", 2
+    if isinstance(error, ProcessLost):
+        return f"error: another process has ended or cannot be reached ({message})", 1
+    of_memory = "out of memory|can't allocate memory"  # CUDA's words, the CPU's
+    if isinstance(error, MemoryError) or re.search(of_memory, message):
+        return f"error: out of memory ({message}): lower the batch sizes", 2
+    folder = Path(LOCKS[0].lock_file).parent if LOCKS else None
+    begun = folder and (folder / "args.json").is_file()
+    start = f"torchrun --nproc_per_node {LOCAL_SIZE}" if LAUNCHED else "python"
+    hint = f"Continue with: {start} {sys.argv[0]} --resume {folder}" if begun else "Nothing was written."
+    hint = hint if FIRST else ""  # only the first process knows
+    if isinstance(error, KeyboardInterrupt):
+        return f"\ninterrupted. {hint}", 130
+    # libraries wrap the disk's errors in their own
+    if any(os.strerror(code) in str(error) for code in DISK_ERRORS):
+        return f"error: {message}: make room or allow access; nothing saved is lost. {hint}", 2
+    return "", 1
 
 
 # ---------------------------------------------------------------- the run folder
@@ -142,7 +183,7 @@ def run_script(main, args_class) -> None:
 
 def check_output(output: str, resume: str) -> None:
     """InputError if --output holds anything already (unless the run is resumed) or cannot be made."""
-    if resume:
+    if resume or not FIRST:  # the first may have made the folder already
         return
     path = Path(output)
     parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
@@ -162,11 +203,14 @@ def check_output(output: str, resume: str) -> None:
 
 def make_run_folder(args, script: str, model: str, seed: int) -> Path:
     """The folder of this run, with args.json: --resume, --output, or a new one under runs/. It is locked
-    until the process ends or makes another. InputError if another process has it."""
+    until the process ends or makes another. InputError if another process has it. Under torchrun only the
+    first process makes and locks it."""
     default = f"runs/{script}__{Path(model).name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(args.resume or args.output or default)
     while WRITERS:
         WRITERS.pop().close()
+    if not FIRST:
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder, "--resume" if args.resume else "--output")
@@ -205,10 +249,13 @@ def lock(folder: Path, flag: str) -> None:
 
 
 # ---------------------------------------------------------------- files that are whole or not there
+# under torchrun only the first process writes them
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write beside, fsync, rename: at every moment `path` is the old file or the new one, never a part."""
+    if not FIRST:
+        return
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -234,6 +281,8 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def save_checkpoint(folder: Path, state: dict, name: str = "checkpoint.pt") -> None:
     """Atomically write `state` (tensors, numbers, strings, lists,
     dicts) and the run's arguments to folder/name."""
+    if not FIRST:
+        return
     buffer = io.BytesIO()
     torch.save(state | {"args": (folder / "args.json").read_text(encoding="utf-8")}, buffer)
     write_atomically(folder / name, buffer.getvalue())
@@ -291,6 +340,8 @@ def restore(
 def log_metrics(folder: Path, rows: list[dict], step: int, seconds: float) -> None:
     """metrics.csv with all rows; the newest row also to TensorBoard. Elapsed time goes only to TensorBoard,
     so that metrics.csv is reproducible."""
+    if not FIRST:
+        return
     write_csv(folder / "metrics.csv", rows)
     if not WRITERS:
         WRITERS.append(SummaryWriter(str(folder / "tensorboard"), purge_step=step))
@@ -334,12 +385,14 @@ def save_accepted(
     latents: clean (n, c, h, w) of the newest round. rounds: {prompt (n,), reward (n,)} of each round, and
     {sample (n,)} if the file names are to hold the numbers of prompt and sample.
     """
+    if not FIRST:
+        return
     folder = folder / "accepted"
     folder.mkdir(exist_ok=True)
     rows = []
     for number, accepted in enumerate(rounds, 1):
         labels = [f"{i:06d}" for i in range(len(accepted["prompt"]))]
-        if "sample" in accepted:  # no two shards may use the same name
+        if "sample" in accepted:
             pairs = zip(accepted["prompt"].tolist(), accepted["sample"].tolist())
             labels = [f"{prompt:06d}_{sample:03d}" for prompt, sample in pairs]
         for label, prompt, reward in zip(labels, accepted["prompt"].tolist(), accepted["reward"].tolist()):
