@@ -65,7 +65,9 @@ def bond_orders(elements: list[str], bonds: list[tuple], linear: list[bool]) -> 
             gain.append(gain[-1] + step)
         gains.append(gain)
     open_bonds = sorted((i for i, gain in enumerate(gains) if len(gain) > 1), key=lambda i: -gains[i][-1])
-    rest = [sum(gains[i][-1] for i in open_bonds[n:]) for n in range(len(open_bonds) + 1)]  # bounds the search
+    rest = [
+        sum(gains[i][-1] for i in open_bonds[n:]) for n in range(len(open_bonds) + 1)
+    ]  # bounds the search
     best, orders = [-1.0, None], [1] * len(bonds)
 
     def search(n, total):
@@ -117,10 +119,15 @@ class Judged(NamedTuple):
         return self.molecule is not None
 
 
+def elements_of(x_0: torch.Tensor) -> list[str]:
+    """The elements of the atoms x_0 (n, 7)."""
+    return [ELEMENTS[i] for i in x_0[:, 3:].argmax(1).tolist()]
+
+
 def judge(x_0: torch.Tensor) -> Judged:
     """The molecule that x_0 (n, 7) shows, the rows of its n atoms."""
     place = SCALE * x_0[:, :3].double().numpy()
-    elements = [ELEMENTS[i] for i in x_0[:, 3:].argmax(1).tolist()]
+    elements = elements_of(x_0)
     apart = 100 * np.sqrt(np.square(place[:, None] - place[None]).sum(2))
     bonds = [
         (a, b, apart[a, b])

@@ -21,6 +21,7 @@ from utils.runs import InputError, write_atomically
 
 HERE = Path(__file__).resolve().parent
 EMBEDDED = str(HERE / "base.safetensors")  # the embedded model
+KNOWN = HERE / "known.npy"  # hashes of the molecules of QM9
 TUNED_FILE = "tuned.safetensors"  # what graft_molecules.py leaves
 Device = Literal["auto", "cpu", "cuda"]  # auto: CUDA if there is one
 ELEMENTS = ("C", "N", "O", "F")
@@ -244,7 +245,9 @@ def save_weights(weights: dict[str, torch.Tensor], sizes: dict, path: Path) -> N
 def check_device(device: str) -> str:
     """The device that will be used, "cuda" or "cpu". InputError without CUDA."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device found; use --device cpu, or install a CUDA build of torch")
+        raise InputError(
+            "--device cuda: no CUDA device found; use --device cpu, or install a CUDA build of torch"
+        )
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
@@ -259,6 +262,12 @@ def derived_seed(*key: int | str) -> int:
 
 
 def draw_noise(seeds: list[int], steps: int) -> torch.Tensor:
-    """(steps + 1, n, ATOMS, 7): the initial noise, then one draw a step, from a CPU generator for each seed."""
+    """(steps + 1, n, ATOMS, 7): the initial noise, then one draw a step, from a CPU generator a seed."""
     generators = (torch.Generator().manual_seed(s) for s in seeds)
     return torch.stack([torch.randn(steps + 1, ATOMS, CHANNELS, generator=g) for g in generators], 1)
+
+
+def check_finite(where: str, loss: float, norm: float) -> None:
+    """InputError for a loss or gradient norm that is NaN or Inf."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise InputError(f"{where}: loss {loss}, gradient norm {norm}; lower --lr")
