@@ -33,6 +33,8 @@ from rdkit import Chem
 from rdkit.Chem import QED, Crippen, Draw
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # torchrun and --resume give the file
+
 from molecules.judge import elements_of, judge, known_hash
 from molecules.model import (
     ATOMS,

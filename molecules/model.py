@@ -228,9 +228,9 @@ class Model:
     def save_tuned(self, folder: Path) -> None:
         """Write tuned.safetensors: the network with the LoRA merged, for --model and `load`."""
         with self.lora_merged():
-            state = self.network.state_dict()
-        weights = {k.replace("base_layer.", ""): v for k, v in state.items() if "lora_" not in k}
-        save_weights(weights, self.sizes, folder / TUNED_FILE)
+            state = {k: v for k, v in self.network.state_dict().items() if "lora_" not in k}
+            weights = {name.replace("base_layer.", ""): value for name, value in state.items()}
+            save_weights(weights, self.sizes, folder / TUNED_FILE)
 
 
 def save_weights(weights: dict[str, torch.Tensor], sizes: dict, path: Path) -> None:
