@@ -263,11 +263,11 @@ def deduplicate(mask, keys, seen, generator=None):
 
 
 def deduplication_kl(accepted, kept):
-    """KL(kept || accepted by the rule) in nats of the law of keys, after equation (6). accepted, kept: lists
-    of keys."""
-    copies = Counter(accepted)
-    logs = [math.log(copies[key] if key else 1) for key in kept]
-    return math.log(len(accepted) / len(kept)) - sum(logs) / len(logs)
+    """KL(kept || accepted by the rule) in nats, of the shares of keys. accepted, kept: lists of keys. NaN if
+    nothing is kept."""
+    before, after = Counter(accepted), Counter(kept)
+    shares = [(n / len(kept), before[key] / len(accepted)) for key, n in after.items()]
+    return sum(q * math.log(q / p) for q, p in shares) if kept else math.nan
 
 
 def training_target(x_0, noise, alpha_t, sigma_t, prediction_type):
@@ -472,10 +472,10 @@ def sampled_row(number, args, rewards, ruled, index, scores, keys, options):
             f"--rule {args.rule} accepted nothing: {flat:.0%} of the groups had equal rewards, the best "
             f"reward was {rewards.max():.4g}; {advice}"
         )
-    if len(index) == 0:
+    if len(index) == 0 and not args.accumulate:
         raise InputError(
-            f"round {number} accepted only molecules that earlier rounds had accepted; take fewer --rounds, "
-            "or --no-deduplicate"
+            f"round {number} accepted only molecules that earlier rounds had accepted: give --accumulate, "
+            "--no-deduplicate or fewer --rounds"
         )
     stable = scores["stable"].bool().tolist()
     return {

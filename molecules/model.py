@@ -112,10 +112,7 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(Layer(width, pair_width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, len(ELEMENTS))
-        with torch.no_grad():  # the first predictions are zero, nearly
-            self.out.weight.zero_()
-            for layer in self.layers:
-                layer.move_out.weight *= 0.1
+        torch.nn.init.zeros_(self.out.weight)
 
     def forward(self, x: torch.Tensor, level: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """x: (batch, ATOMS, 7), level: (batch,) in [0, 1], from molecule to noise, count: (batch,)."""

@@ -418,6 +418,7 @@ def test_kl_of_deduplication():
     assert deduplication_kl(["a", "a", "a", "b", "b", "c"], ["b", "a", "c"]) == pytest.approx(kl)
     assert deduplication_kl(["a", "b"], ["a", "b"]) == 0 == deduplication_kl(["", "", "a"], ["", "", "a"])
     assert deduplication_kl(["a", "b"], ["b"]) == pytest.approx(math.log(2))  # a is of an earlier round
+    assert deduplication_kl(["a", "a", "b"], ["a", "a", "b"]) == 0 and math.isnan(deduplication_kl(["a"], []))
 
 
 # ---------------------------------------------------------------- rewards and the table
@@ -521,6 +522,7 @@ def test_rows_of_a_round():
     assert got["deduplication_kl"] == pytest.approx(math.log(3 / 2) - math.log(2) / 2)
     with pytest.raises(InputError, match="accepted nothing"):
         sampled_row(1, args, rewards, torch.tensor([]), torch.tensor([]), scores, keys, {"top_k": 1})
+    args.accumulate = False
     with pytest.raises(InputError, match="round 2 accepted only molecules that earlier rounds had"):
         sampled_row(2, args, rewards, torch.tensor([0]), torch.tensor([]), scores, keys, {"top_k": 1})
 
