@@ -19,10 +19,11 @@ A call is one forward pass of the model for one image. A training step counts 3:
 two forward ones. Evaluations are not counted. The seconds of the curve include them, but not the loading of
 the model.
 
-Folders: "graft", "pgraft", "noise_ppo" and "inc" hold the experiments of one method each. "compare" has all
-methods with a reward at about one budget of calls, and DDPO far beyond it. The settings of GRAFT and DDPO
-in "compare" were chosen from "tuning". The arms "valid_...", "guidance3_..." and all of "tuning" hold out
-prompts_valid.txt, a part of the training prompts, because settings may be chosen on these only.
+Folders: "graft", "pgraft", "noise_ppo", "inc" and "molecules" hold the experiments of one script each.
+"compare" has all methods with a reward at about one budget of calls, and DDPO far beyond it. The settings of
+GRAFT and DDPO in "compare" were chosen from "tuning". The arms "valid_...", "guidance3_..." and all of
+"tuning" hold out prompts_valid.txt, a part of the training prompts, because settings may be chosen on these
+only.
 """
 
 import argparse
@@ -195,11 +196,24 @@ TUNING = {  # in the order in which they were tried
 }
 TUNING = {name: Arm(f"{command} {VALID}", seeds=(0,)) for name, command in TUNING.items()}
 
+# ---------------------------------------------------------------- molecules
+# Of six atoms there are few molecules, so copies are many. Every round is short and its learning rate high.
+
+SMALL = "--atoms 6 --steps 40 --rounds 6 --groups_per_round 40 --top_k 1 --updates 120 --batch 64 --lr 1e-3"
+SMALL = f"molecules/graft_molecules.py {SMALL} --eval_every 0 --eval_molecules 500"
+MOLECULES = {
+    "deduplicated": Arm(SMALL, figures=("grid.png",)),
+    "copies": Arm(f"{SMALL} --no-deduplicate"),
+    "none": Arm(f"{SMALL.replace('--top_k 1 ', '')} --rule none --no-deduplicate"),
+    "default": Arm("molecules/graft_molecules.py --eval_every 0", seeds=(0,), figures=("grid.png",)),
+}
+
 ARMS = {
     "graft": GRAFT,
     "pgraft": PGRAFT,
     "noise_ppo": NOISE_PPO,
     "inc": INC,
+    "molecules": MOLECULES,
     "compare": COMPARE,
     "tuning": TUNING,
 }
@@ -210,6 +224,7 @@ QUICK = {  # flags that make a run short
     "noise_ppo.py": "--iterations 6 --eval_samples 2",
     "inverse_noise_correction.py": "--images 400 --updates 50 --eval_images 200 --no-longer",
     "benchmarks/ddpo.py": "--rounds 2 --eval_samples 2",
+    "molecules/graft_molecules.py": "--rounds 1 --updates 20 --eval_molecules 100",
 }
 
 

@@ -288,7 +288,8 @@ def sample(model, noise, count, eta):
 
     DDIM is arXiv 2010.02502, equation 12.
     """
-    noise, count = noise.to(model.device), count.to(model.device)
+    rows = int(count.max())  # the others are gaps
+    noise, count = noise[:, :, :rows].to(model.device), count.to(model.device)
     grid = model.levels(len(noise) - 1)
     times = torch.tensor(grid, device=model.device)  # one transfer, none inside the loop
     x = project(noise[0], count)
@@ -300,7 +301,7 @@ def sample(model, noise, count, eta):
         std = eta * sigma_next / sigma * math.sqrt(max(sigma**2 - (alpha * sigma_next / alpha_next) ** 2, 0))
         w = project(noise[k + 1], count)
         x = alpha_next * x_0 + math.sqrt(max(sigma_next**2 - std**2, 0)) * eps + std * w
-    return x
+    return torch.nn.functional.pad(x, (0, 0, 0, ATOMS - rows))
 
 
 def sample_and_judge(model, reward, counts, seeds, args, label):
@@ -328,7 +329,7 @@ def sample_and_judge(model, reward, counts, seeds, args, label):
 
 def denoising_loss(model, x_0, count, t, noise):
     """Equation (4), mean over all numbers of all atoms.
-    x_0, noise: (batch, ATOMS, 7), count, t: (batch,)."""
+    x_0, noise: (batch, rows, 7), count, t: (batch,)."""
     alpha, sigma = model.alpha_sigma(t)
     noise = project(noise, count)
     x_t, target = training_target(x_0, noise, alpha, sigma, model.prediction_type)
@@ -611,7 +612,7 @@ def main(args):
 
         # -------------------------------------------------------- UPDATE
         kept = state["accepted"] if args.accumulate else state["accepted"][-1:]
-        data = torch.cat([a["x_0"] for a in kept])  # (n, ATOMS, 7)
+        data = torch.cat([a["x_0"] for a in kept])[:, : max(args.atoms)]  # (n, rows, 7), without empty rows
         data_counts = torch.cat([a["count"] for a in kept])  # (n,)
         generator = torch.Generator().manual_seed(derived_seed(args.seed, "update", r))
         epochs = math.ceil(args.updates * args.batch / len(data))
@@ -620,7 +621,7 @@ def main(args):
         for update in tqdm(range(args.updates), desc=f"update {r + 1}", leave=False, mininterval=1):
             optimizer.param_groups[0]["lr"] = args.lr * (1 - update / args.updates)
             index = order[update * args.batch : (update + 1) * args.batch]  # (batch,)
-            x_0 = data[index].to(args.device)  # (batch, ATOMS, 7)
+            x_0 = data[index].to(args.device)  # (batch, rows, 7)
             count = data_counts[index].to(args.device)  # (batch,)
             noise = torch.randn(x_0.shape, generator=generator).to(args.device)
             t = torch.rand(args.batch, generator=generator).to(args.device)  # (batch,)

@@ -37,14 +37,14 @@ WAVES = 16  # sines that describe a level
 # ---------------------------------------------------------------- the space of molecules
 
 
-def atom_mask(count: torch.Tensor) -> torch.Tensor:
-    """(batch, ATOMS, 1), 1 for an atom and 0 for a gap. count: (batch,) atoms of each molecule."""
-    return (torch.arange(ATOMS, device=count.device) < count[:, None]).float().unsqueeze(2)
+def atom_mask(count: torch.Tensor, rows: int) -> torch.Tensor:
+    """(batch, rows, 1), 1 for an atom and 0 for a gap. count: (batch,) atoms of each molecule."""
+    return (torch.arange(rows, device=count.device) < count[:, None]).float().unsqueeze(2)
 
 
 def project(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """x (batch, ATOMS, 7) with each molecule's coordinates moved to the mean zero, and gaps set to zero."""
-    mask = atom_mask(count)
+    """x (batch, rows, 7) with each molecule's coordinates moved to the mean zero, and gaps set to zero."""
+    mask = atom_mask(count, x.shape[1])
     mean = (x[..., :3] * mask).sum(1, keepdim=True) / count.view(-1, 1, 1)
     return torch.cat([x[..., :3] - mean, x[..., 3:]], 2) * mask
 
@@ -115,15 +115,17 @@ class Network(nn.Module):
         torch.nn.init.zeros_(self.out.weight)
 
     def forward(self, x: torch.Tensor, level: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """x: (batch, ATOMS, 7), level: (batch,) in [0, 1], from molecule to noise, count: (batch,)."""
-        mask = atom_mask(count)
+        """x: (batch, rows, 7), level: (batch,) in [0, 1], from molecule to noise, count: (batch,). There may
+        be any number of rows for gaps."""
+        rows = x.shape[1]
+        mask = atom_mask(count, rows)
         # no atom sends to itself, none to a gap
-        pair_mask = mask.unsqueeze(2) * mask.unsqueeze(1) * (1 - torch.eye(ATOMS, device=x.device))[..., None]
+        pair_mask = mask.unsqueeze(2) * mask.unsqueeze(1) * (1 - torch.eye(rows, device=x.device))[..., None]
         angles = level[:, None] * (math.pi / 2 * torch.arange(1, WAVES + 1, device=x.device))
         waves = torch.cat([angles.sin(), angles.cos()], 1)
         condition = self.level_out(nn.functional.silu(self.level(waves))) + self.count(count)
         place, states = x[..., :3], self.elements(x[..., 3:]) + condition.unsqueeze(1)
-        pairs = x.new_zeros(len(x), ATOMS, ATOMS, self.pair_width)
+        pairs = x.new_zeros(len(x), rows, rows, self.pair_width)
         for layer in self.layers:
             place, states, pairs = layer(place, states, pairs, pair_mask)
         return project(torch.cat([place - x[..., :3], self.out(self.norm(states))], 2), count)
@@ -161,7 +163,7 @@ class Model:
         return cls(name, network, sizes, device)
 
     def predict(self, x: torch.Tensor, level: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """v, like x. x: (batch, ATOMS, 7), level: () or (batch,), count: (batch,)."""
+        """v, like x. x: (batch, rows, 7), level: () or (batch,), count: (batch,)."""
         return self.network(x, level.expand(len(x)), count)
 
     def levels(self, steps: int) -> list:

@@ -54,7 +54,7 @@ class Args:
     width: int = SIZES["width"]  # of an atom's state
     pair_width: int = SIZES["pair_width"]  # of a pair's state
     layers: int = SIZES["layers"]  # rounds of messages
-    updates: int = 24_000  # optimiser updates
+    updates: int = 5231  # optimiser updates
     batch: int = 128  # molecules per update
     lr: float = 2e-3  # AdamW learning rate: warm-up, then cosine to 0
     ema: float = 0.999  # decay of the averaged weights, which are the ones saved

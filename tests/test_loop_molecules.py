@@ -159,14 +159,15 @@ class Plain:
         losses = []
         for update in range(updates):
             index = order[update * size : update * size + size]
-            noise = torch.randn(size, 9, 7, generator=generator)
+            rows = max(self.o["atoms"])
+            noise = torch.randn(size, rows, 7, generator=generator)
             t = torch.rand(size, generator=generator)
             total = 0.0
             for x_0, n, eps, level in zip(data[index], counts[index], noise, t):
-                eps = eps * (torch.arange(9) < n)[:, None]
+                eps = eps * (torch.arange(rows) < n)[:, None]
                 eps = torch.cat([eps[:, :3] - eps[:n, :3].mean(0), eps[:, 3:]], 1)[:n]
                 a, s = math.cos(math.pi / 2 * level), math.sin(math.pi / 2 * level)
-                x_t = torch.zeros(1, 9, 7)
+                x_t = torch.zeros(1, rows, 7)
                 x_t[0, :n] = a * x_0[:n] + s * eps
                 v = self.model.network(x_t, level[None], n[None])[0, :n]
                 total = total + (v - (a * eps - s * x_0[:n])).square().sum()
