@@ -199,8 +199,8 @@ TUNING = {name: Arm(f"{command} {VALID}", seeds=(0,)) for name, command in TUNIN
 # ---------------------------------------------------------------- molecules
 # Of six atoms there are few molecules, so copies are many. Every round is short and its learning rate high.
 
-SMALL = "--atoms 6 --steps 40 --rounds 6 --groups_per_round 40 --top_k 1 --updates 120 --batch 64 --lr 1e-3"
-SMALL = f"molecules/graft_molecules.py {SMALL} --eval_every 0 --eval_molecules 500"
+SMALL = "--atoms 6 --steps 25 --rounds 5 --groups_per_round 30 --top_k 1 --updates 80 --batch 48 --lr 1e-3"
+SMALL = f"molecules/graft_molecules.py {SMALL} --eval_every 0 --eval_molecules 240"
 MOLECULES = {
     "deduplicated": Arm(SMALL, figures=("grid.png",)),
     "copies": Arm(f"{SMALL} --no-deduplicate"),

@@ -15,6 +15,7 @@ import noise_ppo
 import pgraft
 import run
 from conftest import ROOT, arguments_for, run_inside
+from molecules import graft_molecules
 from run import ARMS, Arm, Options
 from utils.runs import parse_arguments
 
@@ -24,6 +25,7 @@ ARGS = {
     "noise_ppo.py": noise_ppo.Args,
     "inverse_noise_correction.py": inverse_noise_correction.Args,
     "benchmarks/ddpo.py": ddpo.Args,
+    "molecules/graft_molecules.py": graft_molecules.Args,
 }
 FLAGS = {
     "graft.py": "",

@@ -205,7 +205,7 @@ def flags_of(script):
 def test_flags_exist():
     """Those that the text names, and those of code of the methods."""
     fields = {flag for script in METHODS for flag in flags_of(script)} | {"--help", "--dist"}
-    files = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("shapes/*.py")]
+    files = [file for room in ("benchmarks", "shapes", "molecules") for file in (ROOT / room).glob("*.py")]
     others = "".join(file.read_text(encoding="utf-8") for file in files)
     for page, spans in SPANS.items():
         for flag in (flag for span in spans for flag in re.findall(r"--[a-z][\w-]*", span)):

@@ -5,7 +5,8 @@ first) and fills up to four words with zeros. So two keys give one seed if and o
 but for chance (2^-63 a pair). `collision` says whether two kinds of key can have the same words, for all
 values that the settings allow. Of the keys that meet in a run there are two such pairs, both harmless:
   - With --seed 1702257004, the number of the text "eval", training image (r, i, 0) has the noise of
-    evaluation image (r, i), which is of another prompt. No other of the 2^63 seeds does that.
+    evaluation image (r, i), which is of another prompt; training molecule (r, 0, 0) has the noise of
+    evaluation molecule r. No other of the 2^63 seeds does that.
   - The first update of a flow (shapes/train_flow.py) has the seed of its images. One is of a torch generator,
     the other of a numpy one, so they draw different numbers.
 Chance counts for more in torch, whose CPU generator reads 32 of the 63 bits: among the 31,608 images and
@@ -23,11 +24,13 @@ import torch
 
 import graft
 import inverse_noise_correction
+import molecules.model
 import noise_ppo
 import pgraft
 from common import derived_seed
 from conftest import ROOT, arguments_for, run_inside
 from ddpo import Args as DdpoArgs
+from molecules import graft_molecules
 from shapes import flow_data
 from utils.runs import InputError
 
@@ -84,6 +87,17 @@ CALLS = {
         "args.seed, 'update', r": ["SEED update round"],
     },
     "benchmarks/base": {"tag, i, j": ["eval prompt sample", "best prompt sample"]},
+    "molecules/graft_molecules": {
+        "'eval', i": ["eval molecule"],
+        "args.seed, r, i, j": ["SEED round group sample"],
+        "args.seed, 'accept', r": ["SEED accept round"],
+        "args.seed, 'update', r": ["SEED update round"],
+    },
+    "molecules/train": {
+        "args.seed, 'train'": ["SEED train"],
+        "args.seed, 'check'": ["SEED check"],
+        "'check', j": ["check molecule"],
+    },
 }
 TUNING = ["eval prompt sample", "SEED prompts round", "SEED round prompt sample", "SEED update round"]
 RUNS = {  # script: the kinds of key that meet in one of its runs
@@ -94,6 +108,8 @@ RUNS = {  # script: the kinds of key that meet in one of its runs
     "benchmarks/ddpo": TUNING,
     "benchmarks/base": ["eval prompt sample", "best prompt sample"],
     "benchmarks/evaluate": ["eval prompt sample"],
+    "molecules/graft_molecules": sum(CALLS["molecules/graft_molecules"].values(), []),
+    "molecules/train": sum(CALLS["molecules/train"].values(), []),
     "shapes/train_flow": [
         *sum(CALLS["shapes/train_flow"].values(), []),
         *["SEED feature_network image", "SEED flow image", "split", "data_noise train"],
@@ -105,6 +121,8 @@ NUMBERS = {  # part of a key: its least and largest value; every one is a word o
     "sample": (0, 10**4),  # sample, restart
     "step": (1, 999),
     "image": (0, 10**9),  # image, update
+    "molecule": (0, 10**6),
+    "group": (0, 10**6),
     "count": (4, 10**4),
     "bit": (0, 1),
 }
@@ -122,7 +140,8 @@ def calls_in(file):
 
 
 def test_every_call_is_in_the_table():
-    files = [file for room in (".", "utils", "shapes", "benchmarks") for file in (ROOT / room).glob("*.py")]
+    rooms = (".", "utils", "shapes", "molecules", "benchmarks")
+    files = [file for room in rooms for file in (ROOT / room).glob("*.py")]
     found = {file.relative_to(ROOT).with_suffix("").as_posix(): calls_in(file) for file in files}
     assert {name: calls for name, calls in found.items() if calls} == {n: set(c) for n, c in CALLS.items()}
     # nobody gives the function another name, and the kinds of all calls meet somewhere
@@ -139,6 +158,8 @@ def test_numbers_are_in_their_ranges():
         (cls, name, 10**4) for cls in (graft.Args, pgraft.Args, DdpoArgs) for name in ("rounds", "samples")
     ]
     most += [(cls, "eval_samples", 10**4) for cls in (graft.Args, pgraft.Args, noise_ppo.Args, DdpoArgs)]
+    most += [(graft_molecules.Args, "rounds", 10**4), (graft_molecules.Args, "eval_molecules", 10**6)]
+    most += [(graft_molecules.Args, "groups_per_round", 10**6), (graft_molecules.Args, "samples", 10**4)]
     most += [(noise_ppo.Args, "iterations", 10**5), (noise_ppo.Args, "samples", 10**4)]
     most += [(pgraft.Args, "probe_restarts", 10**4), (graft.Args, "steps", 999), (pgraft.Args, "steps", 999)]
     most += [(inc, "updates", 10**9), (inc, "images", 10**7), (inc, "eval_images", 10**6)]
@@ -231,6 +252,9 @@ def test_no_two_keys_of_a_run_collide():
     ]
     assert found == {
         ("eval prompt sample", "SEED round prompt sample"): unlucky,
+        ("eval molecule", "SEED round group sample"): [
+            ("molecules/graft_molecules", {"SEED low": 1702257004})
+        ],
         ("SEED flow", "SEED flow image"): [("shapes/train_flow", {})] * 2,
     }
     assert derived_seed(1702257004, 2, 3, 0) == derived_seed("eval", 2, 3)
@@ -266,6 +290,8 @@ FLAGS = {
     " --corrector_network token:8 --checkpoint_every 2 --tolerance 1 --sample_batch 20"
     " --eval_steps 3 --eval_corrector_steps 2",
     "benchmarks/ddpo": "--rounds 3 --epochs 2",
+    "molecules/graft_molecules": "--device cpu --rounds 3 --atoms 1 2 --groups_per_round 6 --samples 3"
+    " --steps 3 --updates 2 --batch 4 --eval_molecules 20",
 }
 
 
@@ -297,8 +323,9 @@ def seeds(monkeypatch):
         seen["generators"].append((seed, running()))
         return default_rng(seed)
 
+    copies = (derived_seed, molecules.model.derived_seed)
     for module in [
-        module for module in sys.modules.values() if getattr(module, "derived_seed", None) is derived_seed
+        module for module in sys.modules.values() if getattr(module, "derived_seed", None) in copies
     ]:
         if module.__name__ != __name__:
             monkeypatch.setattr(module, "derived_seed", recorded_seed)
@@ -332,7 +359,8 @@ def test_no_noise_is_drawn_twice(script, seeds, tiny_arguments, tmp_path, monkey
     monkeypatch.setattr(flow_data, "draw", lambda count, seed: draw(min(count, 100), seed))
     args_class = {"noise_ppo": noise_ppo.Args, "benchmarks/ddpo": DdpoArgs, "pgraft": pgraft.Args}
     argv = arguments_for(args_class.get(script, graft.Args), tiny_arguments)
-    argv = ([] if script == "inverse_noise_correction" else argv) + FLAGS[script].split()
+    others = ("inverse_noise_correction", "molecules/graft_molecules")  # with no pipeline
+    argv = ([] if script in others else argv) + FLAGS[script].split()
     code, _, error = run_inside([*argv, "--seed", str(SEED), "--output", "run"], f"{script}.py")
     assert code == 0, error
     evaluation = {seed for seed, names in seeds["generators"] if names & set(EVALUATION)}
