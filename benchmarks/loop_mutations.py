@@ -25,10 +25,6 @@ LOOPS = {
         ("args.lora_alpha, args.lora_targets, args.seed)", "args.lora_alpha, args.lora_targets, 0)"),
         ("scores[args.reward].view(-1, args.samples)", "scores[args.reward].view(args.samples, -1).T"),
         ('"reward_max": args.reward_max}', '"reward_max": None}'),
-        (
-            "accept(table, args.rule, **options, generator=generator)[shard]",
-            "accept(reward, args.rule, **options, generator=generator)",
-        ),
         ('{"latents": latents[index]', '{"latents": latents[: len(index)]'),
         ('"sample": index % args.samples', '"sample": index // args.samples'),
         (

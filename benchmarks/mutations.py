@@ -49,10 +49,11 @@ PRELOAD = [  # imported once, before the processes of the tests are forked
 
 EQUATIONS, RUN, PIPELINE = "tests/test_equations.py", "tests/test_run.py", "tests/test_pipeline.py"
 PGRAFT, NOISE = "tests/test_pgraft.py", "tests/test_noise_ppo.py"
+TORCHRUN = "tests/test_torchrun.py"
 INVERSE, FAMILIES = "tests/test_inverse_noise_correction.py", "tests/test_families.py"
 REWARDS, MODELS, DDPO = "tests/test_rewards.py", "tests/test_reward_models.py", "tests/test_ddpo.py"
 TWO_STEPS = f"{PIPELINE} -k 'test_sample_equals_stock_pipeline and 4'"
-CHEAP_FIRST = (EQUATIONS, REWARDS, DDPO, PIPELINE, INVERSE, NOISE, PGRAFT, MODELS, FAMILIES, RUN)
+CHEAP_FIRST = (EQUATIONS, REWARDS, DDPO, PIPELINE, INVERSE, NOISE, PGRAFT, MODELS, FAMILIES, RUN, TORCHRUN)
 
 # {(file, function, test file and -k): [(old, new)]}; `old` stands once in the function. The blocks that
 # pgraft.py shares with graft.py are compared by a test, so they are changed in graft.py alone.
@@ -148,16 +149,36 @@ TABLE = {
         (".square().mean()", ".abs().mean()"),
         ("model, x_t, t, text", "model, x_0, t, text"),
     ],
-    ("graft.py", "shard_rows", f"{RUN} -k 'shards or accepted_images'"): [
-        ("slice(int(i) - 1,", "slice(int(i),"),
-        ("None, int(n))", "None)"),
-    ],
     ("graft.py", "sampled_row", f"{RUN} -k flat_groups"): [
         ('group = 2 if args.rule == "preference" else args.samples', "group = args.samples"),
         ("groups.amax(2) == groups.amin(2)", "groups.amax(2) != groups.amin(2)"),
         ("rewards.flatten()[index]", "rewards.flatten()"),
         ("/ rewards.numel()", "/ len(rewards)"),
     ],
+    # ------------------------------------------------------------ several processes
+    ("utils/processes.py", "own_share", f"{TORCHRUN} -k shares"): [
+        ("items[RANK::SIZE]", "items[RANK :: SIZE + 1]"),
+        ("items[RANK::SIZE]", "items[RANK * (len(items) // SIZE) : (RANK + 1) * (len(items) // SIZE)]"),
+    ],
+    ("utils/processes.py", "gather", f"{TORCHRUN} -k shares"): [
+        ("shares[i % SIZE]", "shares[(i + 1) % SIZE]"),
+        ("sum(map(len, shares))", "len(items) * SIZE"),
+    ],
+    ("utils/processes.py", "sum_gradients", f"{TORCHRUN} -k sum_of_gradients"): [
+        ("new_tensor([loss])", "new_tensor([loss / SIZE])"),
+        ("zip(parameters, sums)", "zip(parameters, gradients)"),
+        ("if p.grad is None else p.grad", "if p.grad is None else p.grad.sign()"),
+    ],
+    ("graft.py", "main", f"{TORCHRUN} -k 'updates and graft'"): [
+        ("own_share(torch.arange(args.batch))", "torch.arange(args.batch)"),
+        ("scale(loss * len(part) / args.batch)", "scale(loss * len(part) / len(own))"),
+        ("losses[-1] = sum_gradients(parameters, losses[-1])", "pass"),
+    ],
+    ("pgraft.py", "main", f"{TORCHRUN} -k 'updates and pgraft'"): [
+        ("scale(loss * len(part) / args.batch)", "scale(loss * len(part) / len(own))"),
+        ("losses[-1] = sum_gradients(parameters, losses[-1])", "pass"),
+    ],
+    ("noise_ppo.py", "main", f"{TORCHRUN} -k 'updates and noise_ppo'"): [("(loss / SIZE)", "loss")],
     # ------------------------------------------------------------ P-GRAFT
     ("pgraft.py", "shaped_target", f"{PGRAFT} -k 'regression or clean_end'"): [
         ("a = alpha_t / alpha_s", "a = alpha_t"),

@@ -187,16 +187,6 @@ EARLY = [  # found before anything is loaded
         },
     ),
     (
-        "graft",
-        {
-            "--shard 1/2": "--shard 1/2: give --sample_only and i/n with i from 1 to n",
-            "--sample_only --shard 3/2": "--shard 3/2: give --sample_only and i/n with i from 1 to n",
-            "--sample_only --shard 0/2": "--shard 0/2: give --sample_only and i/n with i from 1 to n",
-            "--sample_only --shard one": "--shard one: give --sample_only and i/n with i from 1 to n",
-            "--sample_only --shard 1000/1000": "--shard 1000/1000: a round has 2 prompts; take fewer shards",
-        },
-    ),
-    (
         "pgraft",
         {
             **{

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 import tyro
 from PIL import Image
 
@@ -253,6 +254,9 @@ def check_command(words):
     if words[0] == "accelerate":
         check_trainer(dict(zip(words[3::2], words[4::2], strict=True)))
         return
+    if words[0] == "torchrun":
+        options = torch.distributed.run.get_args_parser().parse_args(words[1:])
+        words = ["python", options.training_script, *options.training_script_args]
     python, script, *flags = words
     assert python == "python"
     if script == "-m" and flags[0] == "pytest":
@@ -269,8 +273,8 @@ def check_command(words):
 def check_trainer(options):
     """The trainer of diffusers reads what the command before it writes."""
     page, _ = next((page, words) for page, words in COMMANDS if words[0] == "accelerate")
-    before = next(words for where, words in COMMANDS if where == page and "--sample_only" in words)
-    assert before[before.index("--output") + 1].startswith(f"{options['--train_data_dir']}/")
+    before = next(words for where, words in COMMANDS if where == page and "--save_accepted" in words)
+    assert options["--train_data_dir"] == f"{before[before.index('--output') + 1]}/accepted"
     assert f'"{options["--caption_column"]}"' in inspect.getsource(save_accepted)  # a key of metadata.jsonl
 
 

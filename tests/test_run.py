@@ -132,34 +132,6 @@ def accepted_set(folder):
     }
 
 
-@pytest.mark.parametrize("rule", ["--rule topk", "--rule exponential --beta 0.2", "--rule preference"])
-def test_shards_together_accept_what_one_run_accepts(tiny_arguments, tmp_path, monkeypatch, rule):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.py").write_text(  # two values, so that there are ties, which are broken at random
-        "from rewards import jpeg_kilobytes\n\n\n"
-        "def small(images, prompts):\n    return [float(jpeg_kilobytes(i) < 1.66) for i in images]\n"
-    )
-    argv = [
-        *tiny_arguments,
-        *f"--sample_only {rule} --reward own.py:small --samples 4 --sample_batch 3".split(),
-    ]
-    for name, shard in (("all", []), ("one", ["--shard", "1/2"]), ("two", ["--shard", "2/2"])):
-        code, out, error = run_inside([*argv, *shard, "--output", name])
-        assert code == 0 and "accepted" in out, error
-        assert {p.name for p in (tmp_path / name).iterdir()} == {
-            "args.json",
-            "checkpoint.pt",
-            "accepted",
-            ".lock",
-        }
-    complete, one, two = (accepted_set(tmp_path / name) for name in ("all", "one", "two"))
-    assert one and two and not set(one) & set(two) and set(one) | set(two) == set(complete)
-    for name, (line, pixels) in (one | two).items():
-        assert line == complete[name][0] and np.abs(pixels - complete[name][1]).max() <= 1
-    code, out, error = run_inside(["--resume", "two"])
-    assert code == 0 and accepted_set(tmp_path / "two").keys() == two.keys(), error
-
-
 def test_imagefolder_is_read_by_datasets(finished):
     datasets = pytest.importorskip("datasets")
     folder, _ = finished

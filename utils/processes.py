@@ -19,7 +19,7 @@ LAUNCHED = all(name in os.environ for name in NAMES)
 RANK, SIZE, LOCAL_RANK, LOCAL_SIZE = (int(os.environ[name]) for name in NAMES) if LAUNCHED else (0, 1, 0, 1)
 FIRST = RANK == 0  # it alone prints, draws and writes
 TIMEOUT = timedelta(hours=2)  # to wait for the others, which may have a batch more, or a folder to write
-STORES: list[dist.Store] = []  # what all processes read and write, kept by torchrun itself; none or one
+STORES: list = []  # what all processes read and write, kept by torchrun itself; none or one
 
 
 class ProcessLost(Exception):

@@ -146,7 +146,7 @@ def run_script(main, args_class, shared: bool = False) -> None:
         text, code = last_words(error)
         reports = FIRST if isinstance(error, KeyboardInterrupt) else first_to_report()
         if reports and text:
-            print(text, file=sys.stderr)
+            print("" if FIRST else "\n", text, sep="", file=sys.stderr)  # below the first one's progress bar
         elif reports and not LAUNCHED:
             raise
         elif reports:
