@@ -625,11 +625,14 @@ def main(args):
             count = data_counts[index].to(args.device)  # (batch,)
             noise = torch.randn(x_0.shape, generator=generator).to(args.device)
             t = torch.rand(args.batch, generator=generator).to(args.device)  # (batch,)
-            part = own_share(torch.arange(args.batch))  # of this process, under torchrun
-            loss = denoising_loss(model, x_0[part], count[part], t[part], noise[part])
-            share = count[part].sum() / count.sum()
-            (loss * share).backward()
-            losses.append(sum_gradients(parameters, (loss * share).item()))
+            losses.append(0.0)
+            part = own_share(torch.arange(args.batch))  # of this process, under torchrun; it may be empty
+            if len(part):
+                loss = denoising_loss(model, x_0[part], count[part], t[part], noise[part])
+                loss = loss * count[part].sum() / count.sum()
+                loss.backward()
+                losses[-1] = loss.item()
+            losses[-1] = sum_gradients(parameters, losses[-1])
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
             check_finite(f"round {r + 1}, update {update + 1}", losses[-1], norm)
             optimizer.step()

@@ -14,6 +14,7 @@ from common import derived_seed
 from conftest import assert_one_line, exit_code, run_inside
 from molecules.judge import judge, known_hash
 from molecules.model import KNOWN, Model, save_weights
+from test_torchrun import torchrun
 
 SCRIPT = "molecules/graft_molecules.py"
 SIZES = {"width": 16, "pair_width": 8, "layers": 2}
@@ -335,6 +336,24 @@ def test_killed_and_resumed(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "parts")
     code, _, error = run_inside(["--resume", "run", "--lr", "0.5"], SCRIPT)
     assert_one_line(code, error, "--lr 0.5 differs from the run in run (0.02)")
+
+
+def test_three_processes_are_as_one(tiny, tmp_path, monkeypatch):
+    """Whole batches of molecules are shared out, so the first round is the same to the last bit. Of two
+    molecules an update one process has none."""
+    settings = SETTINGS | {"rounds": 2, "batch": 2}
+    _, folder = run_tiny(settings, tiny, tmp_path, monkeypatch)
+    argv = argv_of(settings, tiny, "shared")
+    done = torchrun(3, tmp_path, [{"script": SCRIPT, "argv": argv, "name": "shared", "scale": None}])
+    assert done.returncode == 0, done.stderr
+    one, other = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("run", "shared")
+    )
+    assert one["accepted"][0]["keys"] == other["accepted"][0]["keys"]
+    assert torch.equal(one["accepted"][0]["x_0"], other["accepted"][0]["x_0"])
+    assert one["losses"] == pytest.approx(other["losses"], rel=1e-3)
+    for name, value in one["lora"].items():
+        assert torch.allclose(value, other["lora"][name], atol=1e-3)
 
 
 def test_copies_run_out(tiny, tmp_path, monkeypatch):
