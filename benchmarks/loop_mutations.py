@@ -14,8 +14,36 @@ LOOP_TESTS = {
     "benchmarks/ddpo.py": "tests/test_loop_ddpo.py tests/test_ddpo.py",
     "benchmarks/diffusion_nft.py": "tests/test_loop_rivals.py tests/test_diffusion_nft.py",
     "benchmarks/awm.py": "tests/test_loop_rivals.py tests/test_awm.py",
+    "molecules/graft_molecules.py": "tests/test_loop_molecules.py",
 }
 LOOPS = {
+    ("molecules/graft_molecules.py", "main"): [
+        ("derived_seed(args.seed, r, i, j)", "derived_seed(args.seed, 0, i, j)"),
+        ('if args.reference == "base" else', 'if args.reference != "base" else'),
+        ('if args.rule != "none":', 'if args.rule == "none":'),
+        ('{key for accepted in state["accepted"] for key in accepted["keys"]}', "set()"),
+        ('x_0[index], "count"', 'x_0[: len(index)], "count"'),
+        ('else state["accepted"][-1:]', 'else state["accepted"]'),
+        ("args.lr * (1 - update / args.updates)", "args.lr"),
+        ("torch.randn(x_0.shape, generator=generator)", "torch.zeros(x_0.shape)"),
+        ('state["losses"] += losses', 'state["losses"] = losses'),
+        ('range(state["round"], args.rounds)', "range(args.rounds)"),
+        ("loss * count[part].sum() / count.sum()", "loss * count[part].sum()"),
+        ('"molecules_trained_on": len(data)', '"molecules_trained_on": len(losses)'),
+    ],
+    ("molecules/graft_molecules.py", "sample_and_judge"): [
+        ('0.0 if args.reward == "stable" else -math.inf', "0.0"),
+        ("if j.stable else lowest", "if j.valid else lowest"),
+    ],
+    ("molecules/graft_molecules.py", "evaluate"): [
+        ('derived_seed("eval", i)', 'derived_seed("eval", 0)'),
+        ("i // GRID_COLUMNS % len(args.atoms)", "i % len(args.atoms)"),
+        ("not in known", "in known"),
+    ],
+    ("molecules/graft_molecules.py", "sampled_row"): [
+        ("rewards.flatten()[index]", "rewards.flatten()[ruled]"),
+        ("if s}) / len(keys)", "}) / len(keys)"),
+    ],
     ("graft.py", "main"): [
         ("derived_seed(args.seed, r, i, j)", "derived_seed(args.seed, 0, i, j)"),
         ("derived_seed(args.seed, r, i, j)", 'derived_seed("eval", i, j)'),

@@ -55,12 +55,103 @@ REWARDS, MODELS, DDPO = "tests/test_rewards.py", "tests/test_reward_models.py", 
 FOLDERS, OCR = "tests/test_model_folders.py", "tests/test_ocr.py"
 NFT, AWM, KL = "tests/test_diffusion_nft.py", "tests/test_awm.py", "tests/test_path_kl.py"
 TWO_STEPS = f"{PIPELINE} -k 'test_sample_equals_stock_pipeline and 4'"
-CHEAP_FIRST = (EQUATIONS, REWARDS, OCR, DDPO, NFT, AWM, KL, PIPELINE, INVERSE, NOISE, PGRAFT, MODELS, FOLDERS)
-CHEAP_FIRST += (FAMILIES, RUN, TORCHRUN)
+MOLECULES = "tests/test_molecules.py"
+CHEAP_FIRST = (
+    EQUATIONS,
+    MOLECULES,
+    REWARDS,
+    OCR,
+    DDPO,
+    NFT,
+    AWM,
+    KL,
+    PIPELINE,
+    INVERSE,
+    NOISE,
+    PGRAFT,
+    MODELS,
+)
+CHEAP_FIRST += (FOLDERS, FAMILIES, RUN, TORCHRUN)
 
 # {(file, function, test file and -k): [(old, new)]}; `old` stands once in the function. The blocks that
 # pgraft.py shares with graft.py are compared by a test, so they are changed in graft.py alone.
 TABLE = {
+    # ------------------------------------------------------------ molecules
+    ("molecules/judge.py", "bond_orders", f"{MOLECULES} -k 'bond_orders or real'"): [
+        ("free[b] -= 1", "free[b] -= 0"),
+        ("(shorter + longer) / 2 - distance", "shorter - distance"),
+        ("else min(most, 1)", "else min(most, 2)"),
+        ("if total + rest[n] <= best[0]", "if total + rest[n] / 2 <= best[0]"),
+        ("search(n + 1, total + gains[open_bonds[n]][more])", "search(n + 1, total + more)"),
+    ],
+    ("molecules/judge.py", "is_linear", f"{MOLECULES} -k 'line or real'"): [
+        ("return len(neighbours) == 1", "return True"),
+        ("np.cos(np.radians(LINE))", "-np.cos(np.radians(LINE))"),
+    ],
+    ("molecules/judge.py", "fits", f"{MOLECULES} -k 'distance'"): [
+        ("typical[-1] - SHORTER", "typical[-1] - 3 * SHORTER"),
+        ("distance > typical[order]", "distance > typical[order - 1]"),
+    ],
+    ("molecules/judge.py", "judge", f"{MOLECULES} -k 'fragments or neighbours or real'"): [
+        ("[0] + MARGIN", "[0] + 3 * MARGIN"),
+        ("if len(Chem.GetMolFrags(molecule)) > 1", "if len(Chem.GetMolFrags(molecule)) > 2"),
+        ("100 * np.sqrt", "90 * np.sqrt"),
+    ],
+    ("molecules/model.py", "project", f"{MOLECULES} -k 'projection or gaps'"): [
+        ("/ count.view(-1, 1, 1)", "/ x.shape[1]"),
+        ("x[..., :3] - mean", "x[..., :3]"),
+        ("2) * mask", "2)"),
+    ],
+    ("molecules/model.py", "Layer.forward", f"{MOLECULES} -k equivariant"): [
+        ("apart / (distance + 1) * weight", "apart.abs() / (distance + 1) * weight"),
+        (
+            "torch.cat([pairs, self.radial(distance)], 3)",
+            "torch.cat([pairs, self.radial(apart[..., :1])], 3)",
+        ),
+    ],
+    ("molecules/model.py", "Network.forward", f"{MOLECULES} -k 'equivariant or gaps or depends'"): [
+        ("mask.unsqueeze(2) * mask.unsqueeze(1)", "mask.unsqueeze(1)"),
+        ("place - x[..., :3]", "place"),
+        (" + self.count(count)", ""),
+    ],
+    ("molecules/model.py", "Model.save_tuned", f"{MOLECULES} -k lora"): [
+        ("with self.lora_merged():", "with self.lora_off():"),
+    ],
+    ("molecules/graft_molecules.py", "deduplicate", f"{MOLECULES} -k 'kept'"): [
+        ("set(seen)", "set()"),
+        ("torch.randperm(len(mask), generator=generator).tolist()", "range(len(mask))"),
+        ('keys[i] == "" or keys[i] not in taken', "keys[i] not in taken"),
+        ("taken.add(keys[i])", "taken.add(i)"),
+    ],
+    ("molecules/graft_molecules.py", "deduplication_kl", f"{MOLECULES} -k kl_of"): [
+        ("before[key] / len(accepted)", "before[key] / len(kept)"),
+        ("n / len(kept)", "1 / len(kept)"),
+    ],
+    ("molecules/graft_molecules.py", "denoising_loss", f"{MOLECULES} -k loss"): [
+        ("noise = project(noise, count)", "noise = noise"),
+        ("count.sum() * x_0.shape[2]", "x_0.numel()"),
+    ],
+    ("molecules/graft_molecules.py", "sample", f"{MOLECULES} -k sampler"): [
+        ("project(noise[k + 1], count)", "noise[k + 1]"),
+        ("eta * sigma_next / sigma", "eta * sigma / sigma_next"),
+        ("alpha * x - sigma * prediction", "alpha * x + sigma * prediction"),
+    ],
+    ("molecules/graft_molecules.py", "measures", f"{MOLECULES} -k measures"): [
+        ("len(keys) / len(rows)", "len(keys) / len(stable)"),
+        ("len(new) / len(keys)", "len(new) / len(rows)"),
+        ("in rows if math.isfinite", "in stable if math.isfinite"),
+    ],
+    ("molecules/graft_molecules.py", "results_table", f"{MOLECULES} -k table"): [
+        ("(BLOCKS - 1) * values.var()", "values.var()"),
+    ],
+    ("molecules/train.py", "train", f"{MOLECULES} -k training_by_hand"): [
+        ("1 - decay", "decay"),
+        ("torch._foreach_copy_(parameters, averaged)", "torch._foreach_copy_(averaged, parameters)"),
+    ],
+    ("molecules/train.py", "molecules_of", f"{MOLECULES} -k qm9"): [
+        ("(1000 * SCALE)", "1000"),
+        ("HALF * one_hot", "one_hot"),
+    ],
     # ------------------------------------------------------------ GRAFT
     ("graft.py", "accept", f"{EQUATIONS} -k 'topk or quantiles'"): [
         ("reshape(-1, size)) < best", "reshape(-1, size)) <= best")

@@ -21,12 +21,12 @@ A call is one forward pass of the model for one image. A training step counts 3:
 two forward ones. Evaluations are not counted. The seconds of the curve include them, but not the loading of
 the model.
 
-Folders: "graft", "pgraft", "noise_ppo" and "inc" hold the experiments of one method each. "compare" has all
-methods with a reward at about one budget of calls, and DDPO far beyond it. The settings of GRAFT, DDPO,
-DiffusionNFT and AWM in "compare" were chosen from "tuning"; of the last two by `chosen`, so "tuning" must be
-run before. "frontier" varies how far each method goes: reward against diversity and KL. The arms "valid_...",
-"guidance3_..." and all of "tuning" hold out prompts_valid.txt, a part of the training prompts, because
-settings may be chosen on these only.
+Folders: "graft", "pgraft", "noise_ppo", "inc" and "molecules" hold the experiments of one script each.
+"compare" has all methods with a reward at about one budget of calls, and DDPO far beyond it. The settings of
+GRAFT, DDPO, DiffusionNFT and AWM in "compare" were chosen from "tuning"; of the last two by `chosen`, so
+"tuning" must be run before. "frontier" varies how far each method goes: reward against diversity and KL. The
+arms "valid_...", "guidance3_..." and all of "tuning" hold out prompts_valid.txt, a part of the training
+prompts, because settings may be chosen on these only.
 """
 
 import argparse
@@ -266,11 +266,24 @@ FRONTIER = {
 }
 FRONTIER = {name: Arm(command) for name, command in FRONTIER.items()}
 
+# ---------------------------------------------------------------- molecules
+# Of six atoms there are few molecules, so copies are many. Every round is short and its learning rate high.
+
+SMALL = "--atoms 6 --steps 25 --rounds 5 --groups_per_round 30 --top_k 1 --updates 80 --batch 48 --lr 1e-3"
+SMALL = f"molecules/graft_molecules.py {SMALL} --eval_every 0 --eval_molecules 240"
+MOLECULES = {
+    "deduplicated": Arm(SMALL, figures=("grid.png",)),
+    "copies": Arm(f"{SMALL} --no-deduplicate"),
+    "none": Arm(f"{SMALL.replace('--top_k 1 ', '')} --rule none --no-deduplicate"),
+    "default": Arm("molecules/graft_molecules.py --eval_every 0", seeds=(0,), figures=("grid.png",)),
+}
+
 ARMS = {
     "graft": GRAFT,
     "pgraft": PGRAFT,
     "noise_ppo": NOISE_PPO,
     "inc": INC,
+    "molecules": MOLECULES,
     "compare": COMPARE,
     "tuning": TUNING,
     "frontier": FRONTIER,
@@ -284,6 +297,7 @@ QUICK = {  # flags that make a run short
     "benchmarks/ddpo.py": "--rounds 2 --eval_samples 2",
     "benchmarks/diffusion_nft.py": "--rounds 1 --updates 20 --eval_samples 2",
     "benchmarks/awm.py": "--rounds 1 --updates 20 --eval_samples 2",
+    "molecules/graft_molecules.py": "--rounds 1 --updates 20 --eval_molecules 100",
 }
 LARGE_BATCHES = "--sample_batch 640"  # of runs on a GPU; an image does not depend on the others of its batch
 

@@ -946,6 +946,53 @@ def frontier_figure() -> tuple[Figure, list]:
     return figure, data
 
 
+# ---------------------------------------------------------------- molecules
+
+MEASURES = {  # of molecules/graft_molecules.py: column
+    "stable": "stable",
+    "valid": "valid",
+    "unique_of_valid": "unique of valid",
+    "distinct_stable": "distinct stable",
+    "new_of_distinct": "new of these",
+    "logp": "logP",
+    "qed": "QED",
+}
+MOLECULE_ROWS = {
+    "deduplicated": "without copies (default)",
+    "copies": "with copies, `--no-deduplicate`",
+    "none": "control: no selection, `--rule none --no-deduplicate`",
+}
+
+
+def molecules_table(rows: dict[str, str]) -> str:
+    """rows: {arm: label}."""
+    first = runs(f"molecules/{next(iter(rows))}")[:1]
+    lines = [["base", *final(first, MEASURES, "base"), ""]]
+    for arm, label in rows.items():
+        records = runs(f"molecules/{arm}")
+        lines.append([label, *final(records, MEASURES), seconds_of(records)])
+    return table(["", *MEASURES.values(), "seconds"], lines)
+
+
+@part("molecules")
+def molecules() -> str:
+    return molecules_table(MOLECULE_ROWS)
+
+
+@part("molecules by round")
+def molecules_by_round() -> str:
+    lines = []
+    for arm, label in MOLECULE_ROWS.items():
+        rounds = zip(*([row["distinct_stable"] for row in r["metrics"]] for r in runs(f"molecules/{arm}")))
+        lines.append([label, *map(average, rounds)])
+    return table(["distinct stable in round", *range(1, len(lines[0]))], lines)
+
+
+@part("molecules default")
+def molecules_default() -> str:
+    return molecules_table({"default": "tuned"})
+
+
 # ---------------------------------------------------------------- the pages
 
 FIGURES = {  # file: (figure, data)

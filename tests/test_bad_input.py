@@ -25,7 +25,6 @@ import noise_ppo
 import pgraft
 from common import LORA_FILE, check_flow, check_model, read_switch
 from conftest import ROOT, assert_one_line, run_inside, run_script
-from shapes.flow_data import FLOW
 from utils.prompts import read_prompt_sets, read_prompts
 from utils.runs import InputError, hash_inputs, stored_arguments
 

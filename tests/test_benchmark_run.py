@@ -19,6 +19,7 @@ import noise_ppo
 import pgraft
 import run
 from conftest import ROOT, arguments_for, run_inside
+from molecules import graft_molecules
 from run import ARMS, Arm, Options
 from utils.runs import parse_arguments
 
@@ -30,6 +31,7 @@ ARGS = {
     "benchmarks/ddpo.py": ddpo.Args,
     "benchmarks/diffusion_nft.py": diffusion_nft.Args,
     "benchmarks/awm.py": awm.Args,
+    "molecules/graft_molecules.py": graft_molecules.Args,
 }
 FLAGS = {
     "graft.py": "",

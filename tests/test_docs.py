@@ -279,7 +279,8 @@ def test_flags_exist():
     fields = {flag for script in METHODS for flag in flags_of(script)} | {"--help", "--dist"}
     actions = torch.distributed.run.get_args_parser()._actions
     fields |= {flag for action in actions for flag in action.option_strings}
-    files = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("shapes/*.py")]
+    rooms = ("benchmarks", "shapes", "fashion", "molecules")
+    files = [file for room in rooms for file in (ROOT / room).glob("*.py")]
     others = "".join(file.read_text(encoding="utf-8") for file in files)
     for page, spans in SPANS.items():
         for flag in (flag for span in spans for flag in re.findall(r"--[a-z][\w-]*", span)):

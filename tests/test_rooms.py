@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 METHODS = ("graft", "pgraft", "noise_ppo", "inverse_noise_correction")
-ROOMS = ("utils", "shapes", "fashion", "benchmarks", "tests")
+ROOMS = ("utils", "shapes", "fashion", "molecules", "benchmarks", "tests")
 FILES = {  # name, as in "utils/runs": path
     path.relative_to(ROOT).with_suffix("").as_posix(): path
     for path in sorted([*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).glob("*.py"))])
@@ -30,8 +30,11 @@ MAY_IMPORT = {  # file or room: the files and rooms that it may import
     **dict.fromkeys(METHODS, BASICS),
     "shapes": BASICS | {"shapes", *METHODS},  # the scripts that train the embedded models
     "fashion": BASICS | {"fashion", *METHODS},
-    "benchmarks": BASICS | {"shapes", *METHODS, "benchmarks"},
-    "tests": BASICS | {"shapes", "fashion", *METHODS, "benchmarks", "tests"},
+    "molecules/model": {"utils"},
+    "molecules/judge": {"molecules/model"},
+    "molecules": {"utils", "molecules"},
+    "benchmarks": BASICS | {"shapes", "molecules", *METHODS, "benchmarks"},
+    "tests": BASICS | {"shapes", "fashion", "molecules", *METHODS, "benchmarks", "tests"},
 }
 
 
@@ -113,7 +116,8 @@ def users_of_utils():
     """{file:function of utils: scripts that use it, themselves or through another function of utils}."""
     users = {key: set() for key in UTILS}
     for name in FILES:
-        scripts = {name} if name in METHODS or room(name) in ("shapes", "fashion", "benchmarks") else set()
+        rooms = ("shapes", "fashion", "molecules", "benchmarks")
+        scripts = {name} if name in METHODS or room(name) in rooms else set()
         scripts |= set(METHODS) if name in ("common", "rewards") else set()  # they serve all scripts
         for module, part, _ in imports(name):
             for key in (f"{project_file(module)}:{part}", f"{project_file(f'{module}.{part}')}:"):
@@ -156,13 +160,27 @@ def test_copied_functions_are_equal(function):
     )
 
 
+COPIES_ELSEWHERE = [  # (file, file it is copied from, functions)
+    ("molecules/graft_molecules", "graft", "accept _rank reshaped_reward implied_kl estimated_kl check_rule"),
+    ("molecules/graft_molecules", "graft", "training_target"),
+    ("molecules/graft_molecules", "rewards", "load_function"),
+    ("molecules/model", "common", "derived_seed"),
+]
+
+
+@pytest.mark.parametrize("name, original, functions", COPIES_ELSEWHERE)
+def test_functions_copied_elsewhere_are_equal(name, original, functions):
+    for function in functions.split():
+        assert source(name, definitions(name)[function]) == source(original, definitions(original)[function])
+
+
 def test_copied_rules_are_equal():
     for constant in ("Rule = ", "RANKING = "):
         lines = [
             [line for line in FILES[name].read_text().splitlines() if line.startswith(constant)]
-            for name in ("graft", "pgraft")
+            for name in ("graft", "pgraft", "molecules/graft_molecules")
         ]
-        assert len(lines[0]) == 1 and lines[0] == lines[1]
+        assert len(lines[0]) == 1 and lines[0] == lines[1] == lines[2]
 
 
 def fields(name):

@@ -5,7 +5,8 @@ first) and fills up to four words with zeros. So two keys give one seed if and o
 but for chance (2^-63 a pair). `collision` says whether two kinds of key can have the same words, for all
 values that the settings allow. Of the keys that meet in a run there is one such pair, and it is harmless:
   - With --seed 1702257004, the number of the text "eval", training image (r, i, 0) has the noise of
-    evaluation image (r, i), which is of another prompt. No other of the 2^63 seeds does that.
+    evaluation image (r, i), which is of another prompt; training molecule (r, 0, 0) has the noise of
+    evaluation molecule r. No other of the 2^63 seeds does that.
 Chance counts for more in torch, whose CPU generator reads 32 of the 63 bits: among the 31,608 images and
 updates of a run of noise_ppo.py, two share their noise with a probability of 11 %. With seed 0 these are
 images (24, 155, 5) and (25, 174, 3), of two prompts and iterations.
@@ -21,6 +22,7 @@ import torch
 
 import graft
 import inverse_noise_correction
+import molecules.model
 import noise_ppo
 import pgraft
 from awm import Args as AwmArgs
@@ -28,6 +30,7 @@ from common import derived_seed
 from conftest import ROOT, arguments_for, run_inside
 from ddpo import Args as DdpoArgs
 from diffusion_nft import Args as NftArgs
+from molecules import graft_molecules
 from utils.runs import InputError
 
 # ---------------------------------------------------------------- the keys in the source
@@ -82,6 +85,17 @@ CALLS = {
     },
     "benchmarks/path_kl": {"'eval', i, j": ["eval prompt sample"]},
     "benchmarks/base": {"tag, i, j": ["eval prompt sample", "best prompt sample"]},
+    "molecules/graft_molecules": {
+        "'eval', i": ["eval molecule"],
+        "args.seed, r, i, j": ["SEED round group sample"],
+        "args.seed, 'accept', r": ["SEED accept round"],
+        "args.seed, 'update', r": ["SEED update round"],
+    },
+    "molecules/train": {
+        "args.seed, 'train'": ["SEED train"],
+        "args.seed, 'check'": ["SEED check"],
+        "'check', j": ["check molecule"],
+    },
 }
 TUNING = ["eval prompt sample", "SEED prompts round", "SEED round prompt sample", "SEED update round"]
 RUNS = {  # script: the kinds of key that meet in one of its runs
@@ -96,6 +110,8 @@ RUNS = {  # script: the kinds of key that meet in one of its runs
     "benchmarks/base": ["eval prompt sample", "best prompt sample"],
     "benchmarks/evaluate": ["eval prompt sample"],
     "fashion/train": ["SEED feature_network image", "SEED flow image", "split", "data_noise train"],
+    "molecules/graft_molecules": sum(CALLS["molecules/graft_molecules"].values(), []),
+    "molecules/train": sum(CALLS["molecules/train"].values(), []),
 }
 NUMBERS = {  # part of a key: its least and largest value; every one is a word of 32 bits
     "round": (0, 10**5),  # round, iteration; order of the prompts
@@ -103,6 +119,8 @@ NUMBERS = {  # part of a key: its least and largest value; every one is a word o
     "sample": (0, 10**4),  # sample, restart
     "step": (1, 999),
     "image": (0, 10**9),  # image, update
+    "molecule": (0, 10**6),
+    "group": (0, 10**6),
 }
 # Keys that begin alike and differ in length. The longer one has more than four words.
 UNEVEN = {("SEED probe", "SEED probe prompt sample")}
@@ -116,7 +134,8 @@ def calls_in(file):
 
 
 def test_every_call_is_in_the_table():
-    files = [file for room in (".", "utils", "shapes", "benchmarks") for file in (ROOT / room).glob("*.py")]
+    rooms = (".", "utils", "shapes", "molecules", "benchmarks")
+    files = [file for room in rooms for file in (ROOT / room).glob("*.py")]
     found = {file.relative_to(ROOT).with_suffix("").as_posix(): calls_in(file) for file in files}
     assert {name: calls for name, calls in found.items() if calls} == {n: set(c) for n, c in CALLS.items()}
     # nobody gives the function another name, and the kinds of all calls meet somewhere
@@ -135,6 +154,8 @@ def test_numbers_are_in_their_ranges():
         for name in ("rounds", "samples")
     ]
     most += [(cls, "eval_samples", 10**4) for cls in (graft.Args, pgraft.Args, noise_ppo.Args, DdpoArgs)]
+    most += [(graft_molecules.Args, "rounds", 10**4), (graft_molecules.Args, "eval_molecules", 10**6)]
+    most += [(graft_molecules.Args, "groups_per_round", 10**6), (graft_molecules.Args, "samples", 10**4)]
     most += [(noise_ppo.Args, "iterations", 10**5), (noise_ppo.Args, "samples", 10**4)]
     most += [(pgraft.Args, "probe_restarts", 10**4), (graft.Args, "steps", 999), (pgraft.Args, "steps", 999)]
     most += [(inc, "updates", 10**9), (inc, "images", 10**7), (inc, "eval_images", 10**6)]
@@ -223,8 +244,11 @@ def test_no_two_keys_of_a_run_collide():
                 if needed is not None and "HASH" not in f"{pair}":
                     found.setdefault(pair, []).append((script, needed))
     tuned = ("graft", "pgraft", "noise_ppo", "benchmarks/ddpo", "benchmarks/diffusion_nft", "benchmarks/awm")
-    unlucky = [(script, {"SEED low": 1702257004}) for script in tuned]
-    assert found == {("eval prompt sample", "SEED round prompt sample"): unlucky}
+    unlucky = {"SEED low": 1702257004}
+    assert found == {
+        ("eval prompt sample", "SEED round prompt sample"): [(script, unlucky) for script in tuned],
+        ("eval molecule", "SEED round group sample"): [("molecules/graft_molecules", unlucky)],
+    }
     assert derived_seed(1702257004, 2, 3, 0) == derived_seed("eval", 2, 3)
     assert derived_seed(0, "flow") == derived_seed(0, "flow", 0)
 
@@ -260,6 +284,8 @@ FLAGS = {
     "benchmarks/ddpo": "--rounds 3 --epochs 2",
     "benchmarks/diffusion_nft": "--rounds 3",
     "benchmarks/awm": "--rounds 3",
+    "molecules/graft_molecules": "--device cpu --rounds 3 --atoms 1 2 --groups_per_round 6 --samples 3"
+    " --steps 3 --updates 2 --batch 4 --eval_molecules 20",
 }
 
 
@@ -291,8 +317,9 @@ def seeds(monkeypatch):
         seen["generators"].append((seed, running()))
         return default_rng(seed)
 
+    copies = (derived_seed, molecules.model.derived_seed)
     for module in [
-        module for module in sys.modules.values() if getattr(module, "derived_seed", None) is derived_seed
+        module for module in sys.modules.values() if getattr(module, "derived_seed", None) in copies
     ]:
         if module.__name__ != __name__:
             monkeypatch.setattr(module, "derived_seed", recorded_seed)
@@ -325,7 +352,8 @@ def test_no_noise_is_drawn_twice(script, seeds, tiny_arguments, tmp_path, monkey
     args_class = {"noise_ppo": noise_ppo.Args, "benchmarks/ddpo": DdpoArgs, "pgraft": pgraft.Args}
     args_class |= {"benchmarks/diffusion_nft": NftArgs, "benchmarks/awm": AwmArgs}
     argv = arguments_for(args_class.get(script, graft.Args), tiny_arguments)
-    argv = ([] if script == "inverse_noise_correction" else argv) + FLAGS[script].split()
+    others = ("inverse_noise_correction", "molecules/graft_molecules")  # with no pipeline
+    argv = ([] if script in others else argv) + FLAGS[script].split()
     code, _, error = run_inside([*argv, "--seed", str(SEED), "--output", "run"], f"{script}.py")
     assert code == 0, error
     evaluation = {seed for seed, names in seeds["generators"] if names & set(EVALUATION)}
