@@ -25,6 +25,7 @@ import noise_ppo
 import pgraft
 from common import LORA_FILE, check_flow, check_model, read_switch
 from conftest import ROOT, assert_one_line, run_inside, run_script
+from fashion.images import FOLDER
 from utils.prompts import read_prompt_sets, read_prompts
 from utils.runs import InputError, hash_inputs, stored_arguments
 
@@ -350,7 +351,7 @@ def late_files(files, tiny_v, tmp_path_factory):
     torch.save({"round": 1, "rows": [{"loss": 1.0}] * 100}, folder / "checkpoint.pt")
     checkpoint = (folder / "checkpoint.pt").read_bytes()
     for script in SCRIPTS:
-        stored, inputs = {"images": 20, "eval_images": 20, "longer": False}, [FLOW]
+        stored, inputs = {"images": 20, "eval_images": 20, "longer": False}, [FOLDER]
         if script in TEXT.split():
             stored = {"prompts": str(files / "train.txt"), "eval_prompts": str(files / "held_out.txt")}
             stored |= {"model": tiny_v, "reward": "jpeg_compressibility"}
