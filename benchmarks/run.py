@@ -60,7 +60,7 @@ RUNS = Path("runs")  # relative to ROOT, so that the stored commands hold no pat
 class Arm:
     """A command that is run once for each seed."""
 
-    command: str  # script and flags; {flow}, {runs}, {seed}, {nft} and {awm} are filled in
+    command: str  # script and flags; {runs}, {seed}, {nft} and {awm} are filled in
     seeds: tuple[int, ...] = (0, 1, 2)
     figures: tuple[str, ...] = ()  # of seed 0, kept beside the record as <arm>__<figure>
     switches: tuple[str, ...] = ()  # levels from which on the base model takes over in further evaluations
@@ -140,24 +140,35 @@ NOISE_PPO = {
 }
 
 # ---------------------------------------------------------------- Inverse Noise Correction
-# Every seed has a base of its own, so the standard errors are over bases. All rows of a seed share base,
-# images and evaluation noises, so their differences are paired. Of the arms "grid_..." only the row "base"
-# counts. It is at 7 steps, as many as the corrected sampler's FLOPs buy, on another grid.
+# All seeds share base, images and evaluation noises; they differ in the training of the corrector and of the
+# base that is trained on. So the rows of the base and of the other controls are the same in all. Of the arms
+# "grid_..." only the row "base" counts, of "anderson" and "plain_iteration" only the inversion.
 
-CORRECTION = "inverse_noise_correction.py --model {flow}"
-ONE_GRID = "--steps 7 --eval_steps 7 --images 100 --updates 1 --eval_corrector_steps 2 --no-longer"
+CORRECTION = "inverse_noise_correction.py"
+ONE_ROW = "--images 100 --updates 1 --eval_corrector_steps 2 --no-longer"
 INC = {
     "default": Arm(CORRECTION, figures=("curve.png", "grid.png", "noise.png")),
-    "grid_0.7": Arm(f"{CORRECTION} --grid_power 0.7 {ONE_GRID}"),
-    "grid_1.4": Arm(f"{CORRECTION} --grid_power 1.4 {ONE_GRID}"),
-    "power_1.4": Arm(f"{CORRECTION} --grid_power 1.4 --no-longer --eval_steps 6", seeds=(0,)),
-    "steps_64": Arm(f"{CORRECTION} --steps 64 --images 6000 --no-longer --eval_steps 64 65 128", seeds=(0,)),
-    "scale_start": Arm(f"{CORRECTION} --normalise scale --no-longer --eval_steps 6", seeds=(0,)),
-    "as_large": Arm(
-        f"{CORRECTION} --corrector_network token:128,128,128 --no-longer --eval_steps 6", seeds=(0,)
+    "more": Arm(f"{CORRECTION} --images 5000 --updates 2500 --no-longer", seeds=(0,)),
+    "large": Arm(
+        f"{CORRECTION} --images 20000 --updates 6000 --batch 256 --no-longer",
+        seeds=(0,),
+        figures=("grid.png",),
     ),
-    "plain_iteration": Arm(f"{CORRECTION} --memory 0 --updates 1 --no-longer --eval_steps 6", seeds=(0,)),
+    "power_0.7": Arm(f"{CORRECTION} --grid_power 0.7 --images 5000 --updates 2500 --no-longer", seeds=(0,)),
+    "steps_64": Arm(
+        f"{CORRECTION} --steps 64 --no-longer --eval_images 1000 --eval_steps 128 --eval_corrector_steps 2",
+        seeds=(0,),
+    ),
+    "anderson": Arm(f"{CORRECTION} {ONE_ROW} --images 500 --eval_steps 8", seeds=(0,)),
+    "plain_iteration": Arm(
+        f"{CORRECTION} {ONE_ROW} --images 500 --eval_steps 8 --memory 0 --max_failed 1", seeds=(0,)
+    ),
 }
+for _power in ("0.5", "0.6", "0.7"):
+    for _steps in (8, 10, 16):
+        INC[f"grid_{_power}_{_steps}"] = Arm(
+            f"{CORRECTION} --grid_power {_power} --steps {_steps} --eval_steps {_steps} {ONE_ROW}", seeds=(0,)
+        )
 
 # ---------------------------------------------------------------- all methods at one budget
 
@@ -398,18 +409,6 @@ def execute(command: list[str], device: str = "cpu") -> None:
         raise RuntimeError(f"python {' '.join(command)}\n{done.stderr[-2000:] or 'it printed no error'}")
 
 
-def flow_of(seed: int, options: Options) -> str:
-    """The flow to correct: the embedded one for seed 0, else one that is trained with the seed."""
-    return f"{options.runs}/flow{seed}" if seed else "shapes/flow"
-
-
-def train_flow(seed: int, options: Options) -> None:
-    """The flow of a seed, unless it is there. RuntimeError if the training fails."""
-    flow = flow_of(seed, options)
-    if not (ROOT / flow / "scheduler").exists():  # written last
-        execute(["-m", "shapes.train_flow", "--seed", str(seed), "--no-features", "--out", flow])
-
-
 def chosen(method: str, results: Path = RESULTS) -> str:
     """The arm of "tuning" whose settings "nft" or "awm" has in "compare": of those whose strict reward is
     within 0.03 of the highest, about a standard error over the 80 prompts, the most diverse. Arms without
@@ -430,7 +429,7 @@ def chosen_flags(method: str, options: Options) -> str:
 def command_of(folder: str, name: str, seed: int, options: Options) -> list[str]:
     """Script and flags of an arm."""
     rivals = {method: chosen_flags(method, options) for method in ("nft", "awm")}
-    places = {"flow": flow_of(seed, options), "runs": options.runs, "seed": seed}
+    places = {"runs": options.runs, "seed": seed}
     script, *flags = ARMS[folder][name].command.format(**places, **rivals).split()
     return [script, *flags, *(QUICK[script].split() if options.quick else []), "--seed", str(seed)]
 
@@ -496,14 +495,9 @@ def run_all(jobs: list[tuple[str, str, int]], options: Options) -> bool:
     jobs = [job for job in jobs if not record_file(*job, options).exists()]
     needy = [job for job in jobs if ARMS[job[0]][job[1]].needs]  # they start from runs of the others
     others = [job for job in jobs if job not in needy]
-    seeds = {seed for folder, _, seed in jobs if folder == "inc" and seed}
     with ThreadPoolExecutor(options.jobs) as pool:
         try:
-            list(pool.map(lambda seed: train_flow(seed, options), seeds))
             done = [list(pool.map(lambda job: store(*job, options), part)) for part in (others, needy)]
-        except RuntimeError as error:
-            print(f"a flow cannot be trained: {error}", file=sys.stderr)
-            return False
         except KeyboardInterrupt:  # the running commands got it too
             pool.shutdown(cancel_futures=True)
             raise

@@ -140,7 +140,7 @@ def summary() -> str:
     standard, learnt = (by_steps(runs("noise_ppo/mean"), (4,), name)[0] for name in ("standard", "learnt"))
     unconditional = by_steps(runs("noise_ppo/unconditional"), (4,), "learnt")[0]
     matched, gaussian, corrector = (
-        distance("default", name, steps) for name, steps in (("base", 7), ("gaussian", 6), ("corrector", 6))
+        distance("default", name, steps) for name, steps in (("base", 10), ("gaussian", 8), ("corrector", 8))
     )
     methods = [
         [
@@ -521,20 +521,20 @@ def noise_kl() -> str:
 # ---------------------------------------------------------------- Inverse Noise Correction
 
 CORRECTION_ROWS = [  # label, arm of results/inc, row of its table, steps
-    ("base", "default", "base", 6),
-    ("base", "default", "base", 7),
-    ("base", "default", "base", 12),
-    ("base", "default", "base", 24),
-    ("base, grid (1 − k/7)^0.7", "grid_0.7", "base", 7),
-    ("base, grid (1 − k/7)^1.4", "grid_1.4", "base", 7),
-    ("base trained on with the FLOPs of inversion and corrector", "default", "base trained on", 6),
-    ("the same", "default", "base trained on", 7),
-    ("scale only, s·ε", "default", "scale only", 6),
-    ("Gaussian", "default", "gaussian", 6),
-    ("Gaussian, norms matched", "default", "gaussian, norms matched", 6),
-    ("**corrector, M = 4 (default)**", "default", "corrector", 6),
-    ("corrector, M = 2", "default", "corrector, M = 2", 6),
-    ("corrector, M = 8", "default", "corrector, M = 8", 6),
+    ("base", "default", "base", 8),
+    ("base", "default", "base", 10),
+    ("base", "default", "base", 16),
+    ("base", "default", "base", 32),
+    ("base, grid (1 − k/N)^0.6", "grid_0.6_10", "base", 10),
+    ("base, grid (1 − k/N)^0.6", "grid_0.6_16", "base", 16),
+    ("base trained on with the FLOPs of inversion and corrector", "default", "base trained on", 8),
+    ("the same", "default", "base trained on", 10),
+    ("scale only, s·ε", "default", "scale only", 8),
+    ("Gaussian", "default", "gaussian", 8),
+    ("Gaussian, norms matched", "default", "gaussian, norms matched", 8),
+    ("**corrector, M = 4 (default)**", "default", "corrector", 8),
+    ("corrector, M = 2", "default", "corrector, M = 2", 8),
+    ("corrector, M = 8", "default", "corrector, M = 8", 8),
 ]
 
 
@@ -548,49 +548,59 @@ def correction_entries(arm: str, name: str, steps: int) -> list[dict]:
 
 
 def distance(arm: str, name: str, steps: int) -> str:
-    """Fréchet distance, averaged over the runs."""
-    return average([entry["fd"] for entry in correction_entries(arm, name, steps)])
+    """Fréchet distance, averaged over the runs; without an error if it is the same in all."""
+    values = [entry["fd"] for entry in correction_entries(arm, name, steps)]
+    return average(values) if len(set(values)) > 1 else f"{values[0]:.2f}"
 
 
 @part("correction")
 def correction() -> str:
-    rows, corrector = [], correction_entries("default", "corrector", 6)
+    rows, corrector = [], correction_entries("default", "corrector", 8)
     for label, arm, name, steps in CORRECTION_ROWS:
         entries = correction_entries(arm, name, steps)
+        entries = entries * (len(corrector) // len(entries))  # a base's row is the same for all seeds
         gain = average([c["fd"] - entry["fd"] for c, entry in zip(corrector, entries, strict=True)])
         seconds = np.mean([entry["seconds"] for entry in entries])
-        cost = [steps, f"{entries[0]['flops'] / 1e6:.1f}", f"{1e3 * seconds:.2f}"]
+        cost = [steps, f"{entries[0]['flops'] / 1e6:.0f}", f"{1e3 * seconds:.2f}"]
         rows.append([label, *cost, distance(arm, name, steps), "" if name == "corrector" else gain])
-    floor = average([record["results"]["floor"] for record in runs("inc/default")])
-    rows.append(["data against data (floor)", "", "", "", floor, ""])
+    floor = runs("inc/default")[0]["results"]["floor"]
+    rows.append(["data against data (floor)", "", "", "", f"{floor:.2f}", ""])
     columns = ["steps", "MFLOP an image", "ms", "Fréchet distance", "corrector minus this, paired"]
     return table(["", *columns], rows)
 
 
-@part("inversion")
-def inversion() -> str:
+@part("grids")
+def grids() -> str:
     rows = []
-    arms = {"Anderson acceleration (default)": "default", "plain iteration, `--memory 0`": "plain_iteration"}
-    for label, arm in arms.items():
-        report = runs(f"inc/{arm}")[0]["results"]["inversion"]
-        contraction = ", ".join(f"{c:.2f}" for c in report["contraction"])
-        left_out = f"{report['left_out']} of {report['images']}"
-        calls = f"{report['calls'] / report['images']:.1f}"
-        rows.append([label, calls, left_out, f"{report['round_trip_error']:.1e}", contraction])
-    columns = ["seed 0", "model calls an image", "left out", "round trip"]
-    return table([*columns, "median contraction of the six steps"], rows)
+    for power in ("1", "0.7", "0.6", "0.5"):
+        arms = ["default" if power == "1" else f"grid_{power}_{steps}" for steps in (8, 10, 16)]
+        rows.append([power, *(distance(arm, "base", steps) for arm, steps in zip(arms, (8, 10, 16)))])
+    return table(["base, power of the grid", "N = 8", "N = 10", "N = 16"], rows)
+
+
+@part("more images")
+def more_images() -> str:
+    rows = []
+    for arm, trained in {"default": "1800 × 128", "more": "2500 × 128", "large": "6000 × 256"}.items():
+        results = runs(f"inc/{arm}")[0]["results"]
+        images, loss = results["inversion"]["images"], results["corrector"]
+        names = ("corrector, M = 2", "corrector", "corrector, M = 8")
+        cells = [f"{correction_entries(arm, name, 8)[0]['fd']:.2f}" for name in names]
+        rows.append([images, trained, *cells, f"{loss['held_out']:.4f} ({loss['identity']:.4f})"])
+    columns = ["updates × batch", "M = 2", "M = 4", "M = 8", "held-out loss (with velocity 0)"]
+    return table(["inverted images, seed 0", *columns], rows)
 
 
 def correction_table(title: str, rows) -> str:
     """rows: (label, row of a run's table); the run's are of one seed."""
-    lines = [[label, row["steps"], f"{row['flops'] / 1e6:.1f}", f"{row['fd']:.3f}"] for label, row in rows]
+    lines = [[label, row["steps"], f"{row['flops'] / 1e6:.0f}", f"{row['fd']:.2f}"] for label, row in rows]
     return table([title, "steps", "MFLOP an image", "Fréchet distance"], lines)
 
 
 @part("another grid")
 def another_grid() -> str:
-    rows = [(row["arm"], row) for row in runs("inc/power_1.4")[0]["results"]["table"]]
-    return correction_table("`--grid_power 1.4`, seed 0", rows)
+    rows = [(row["arm"], row) for row in runs("inc/power_0.7")[0]["results"]["table"]]
+    return correction_table("`--grid_power 0.7`, seed 0", rows)
 
 
 @part("many steps")
@@ -601,23 +611,24 @@ def many_steps() -> str:
     inverted = results["inversion"]
     return f"""{rows}
 
-The inverted noises have a standard deviation of {deviation:.3f}.
+Data against data: {results["floor"]:.2f}. The inverted noises have a standard deviation of {deviation:.3f}.
 Held-out loss of the corrector: {loss["held_out"]:.4f}; with velocity 0: {loss["identity"]:.4f}.
 Left out: {inverted["left_out"]} of {inverted["images"]} images. Largest contraction of a step: \
 {max(inverted["contraction"]):.2f}."""
 
 
-@part("other correctors")
-def other_correctors() -> str:
-    rows = [
-        ("corrector (default)", "default", "corrector"),
-        ("Gaussian", "default", "gaussian"),
-        ("Gaussian, norms matched", "default", "gaussian, norms matched"),
-        ("as large as the base, `--corrector_network token:128,128,128`", "as_large", "corrector"),
-        ("starts from the scale alone, `--normalise scale`", "scale_start", "corrector"),
-    ]
-    entries = [(label, correction_entries(arm, name, 6)[0]) for label, arm, name in rows]
-    return correction_table("seed 0", entries)
+@part("inversion")
+def inversion() -> str:
+    rows = []
+    arms = {"Anderson acceleration (default)": "anderson", "plain iteration, `--memory 0`": "plain_iteration"}
+    for label, arm in arms.items():
+        report = runs(f"inc/{arm}")[0]["results"]["inversion"]
+        contraction = ", ".join(f"{c:.2f}" for c in report["contraction"])
+        left_out = f"{report['left_out']} of {report['images']}"
+        calls = f"{report['calls'] / report['images']:.1f}"
+        rows.append([label, calls, left_out, f"{report['round_trip_error']:.1e}", contraction])
+    columns = ["seed 0", "model calls an image", "left out", "round trip"]
+    return table([*columns, "median contraction of the eight steps"], rows)
 
 
 # ---------------------------------------------------------------- samplers of flows, faults, mutations

@@ -230,27 +230,6 @@ def test_execute_says_what_failed():
     run.execute(["-c", "import os; assert os.environ.get('CUDA_VISIBLE_DEVICES') != ''"], "cuda")
 
 
-def test_flows_are_trained_for_the_seeds_that_need_one(options, tmp_path, monkeypatch):
-    executed = []
-    monkeypatch.setattr(run, "execute", executed.append)
-    monkeypatch.setattr(run, "store", lambda *_: True)
-    (tmp_path / "runs" / "flow2" / "scheduler").mkdir(parents=True)
-    assert run.run_all([("inc", "default", seed) for seed in (0, 1, 2)], options)
-    flow = str(tmp_path / "runs" / "flow1")
-    assert executed == [["-m", "shapes.train_flow", "--seed", "1", "--no-features", "--out", flow]]
-    assert run.command_of("inc", "default", 1, options)[1:3] == ["--model", flow]
-    assert run.command_of("inc", "default", 0, options)[1:3] == ["--model", "shapes/flow"]
-
-
-def test_a_flow_that_cannot_be_trained_ends_the_call(options, monkeypatch, capsys):
-    def execute(command):
-        raise RuntimeError("no room")
-
-    monkeypatch.setattr(run, "execute", execute)
-    assert not run.run_all([("inc", "default", 1)], options)
-    assert "a flow cannot be trained: no room" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "argv, count, seeds",
     [
