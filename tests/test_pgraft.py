@@ -835,12 +835,12 @@ def test_data_and_levels_of_the_update(arguments, run, tiny_v, monkeypatch, data
 
     seen, predict = [], Model.predict
 
-    def recorded(model, x, t, text):
+    def recorded(model, x, t, text, guidance=1.0):
         if torch.is_grad_enabled():
             layers = [m for m in model.denoiser.modules() if isinstance(m, BaseTunerLayer)]
             assert layers and not any(m.disable_adapters or m.merged for m in layers)
             seen.append(t)
-        return predict(model, x, t, text)
+        return predict(model, x, t, text, guidance)
 
     monkeypatch.setattr(Model, "predict", recorded)
     folder, out = run([*arguments, *flags.split()])
