@@ -14,6 +14,7 @@ import torch
 import torch.distributed.run
 import tyro
 from PIL import Image
+from rdkit import Chem
 
 import graft
 import inverse_noise_correction
@@ -21,12 +22,14 @@ import noise_ppo
 import pgraft
 import tables
 from conftest import PROMPTS, ROOT, randomise, stock_pipeline, with_lora
+from molecules.graft_molecules import read_reward
 from rewards import read_rewards
 from utils.prompts import read_prompt_sets
 from utils.runs import parse_arguments, save_accepted
 
 PAGES = tables.read_pages()
-ELSEWHERE = ("my_reward.py", "my_prompts.txt", "train_dreambooth_lora_sd3.py")  # not files of this project
+# not files of this project
+ELSEWHERE = ("my_reward.py", "my_property.py", "my_prompts.txt", "train_dreambooth_lora_sd3.py")
 METHODS = {module.__name__: module for module in (graft, pgraft, noise_ppo, inverse_noise_correction)}
 CODE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # without code and generated parts; without code, in one line
@@ -436,8 +439,8 @@ def lora(tiny_v, models, tmp_path_factory):
 
 def test_every_python_block_is_run_here():
     run_here = ("my_reward.py", "load_lora_weights", "base_from_the_switch_on", "NoisePolicy.load")
-    run_here += ("policy.safetensors", "Corrector", "kohya")
-    assert [sum(name in code for name in run_here) for _, code in PYTHON] == [1] * 9
+    run_here += ("policy.safetensors", "Corrector", "kohya", "my_property.py")
+    assert [sum(name in code for name in run_here) for _, code in PYTHON] == [1] * 10
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/rewards.md"])
@@ -446,6 +449,12 @@ def test_reward(page):
     exec(block(page, "my_reward.py"), scope)
     images = [Image.new("RGB", (8, 8), (200, 0, 255)), Image.new("RGB", (8, 8))]
     assert scope["blueness"](images, PROMPTS[:2]) == [1.0, 0.0]
+
+
+def test_reward_of_a_molecule(tmp_path):
+    (tmp_path / "my_property.py").write_text(block("docs/molecules.md", "my_property.py"))
+    rings = read_reward(f"{tmp_path}/my_property.py:rings")
+    assert [rings(Chem.MolFromSmiles(smiles)) for smiles in ("CC", "C1CC1", "C1CC12CC2")] == [0, 1, 2]
 
 
 def test_lora(lora, tiny_v, tmp_path, monkeypatch):
