@@ -259,10 +259,10 @@ a round, clip {args.clip:g}, lr {args.lr:g}""")
                     new = log_prob(states[k + 1, part], mean, std)  # (micro_batch,)
                     loss = ppo_loss(new, old[k, part], advantage[part], args.clip)
                     (loss * len(part) / len(index) / len(old)).backward()
-                    losses.append(loss.item())
                     ratio = (new - old[k, part]).detach().exp()
-                    clipped.append(((ratio - 1).abs() > args.clip).float().mean().item())
-                    moved.append((ratio - 1).abs().mean().item())
+                    losses += [loss.item()] * len(part)  # by trajectory: micro-batches differ in size
+                    clipped += ((ratio - 1).abs() > args.clip).tolist()
+                    moved += (ratio - 1).abs().tolist()
             if not math.isfinite(sum(losses)):
                 raise InputError(f"round {r + 1}: loss {losses[-1]}; lower --lr or --clip")
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -342,13 +342,12 @@ def ddpo(folder, args):
                         ratio = torch.exp(new - torch.stack([old[n][k] for n in part]))
                         a = torch.tensor([advantages[n] for n in part])
                         gain = torch.minimum(ratio * a, ratio.clamp(1 - args.clip, 1 + args.clip) * a)
-                        loss = -gain.sum() / len(part)
                         # the mean over the update's trajectories and steps
                         (-gain.sum() / len(chosen) / len(old[0])).backward()
-                        losses.append(loss.item())
+                        losses += (-gain).tolist()
                         distances = [abs(value - 1) for value in ratio.tolist()]
-                        clipped.append(sum(d > args.clip for d in distances) / len(part))
-                        moved.append(sum(distances) / len(part))
+                        clipped += [d > args.clip for d in distances]
+                        moved += distances
                 norm = torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters]).norm()
                 for p in parameters:
                     p.grad *= torch.clamp(1 / (norm + 1e-6), max=1)
