@@ -52,6 +52,7 @@ from common import (
     check_start,
     derived_seed,
     draw_noise,
+    find_lora,
     load_model,
     schedule_prompts,
     stock_call,
