@@ -144,7 +144,7 @@ INC = {
     "default": Arm(CORRECTION, figures=("curve.png", "grid.png", "noise.png")),
     "more": Arm(f"{CORRECTION} --images 5000 --updates 2500 --no-longer", seeds=(0,)),
     "large": Arm(
-        f"{CORRECTION} --images 20000 --updates 6000 --batch 256 --no-longer",
+        f"{CORRECTION} --images 10000 --updates 5000 --no-longer",
         seeds=(0,),
         figures=("grid.png",),
     ),

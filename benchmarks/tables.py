@@ -581,7 +581,7 @@ def grids() -> str:
 @part("more images")
 def more_images() -> str:
     rows = []
-    for arm, trained in {"default": "1800 × 128", "more": "2500 × 128", "large": "6000 × 256"}.items():
+    for arm, trained in {"default": "1800 × 128", "more": "2500 × 128", "large": "5000 × 128"}.items():
         results = runs(f"inc/{arm}")[0]["results"]
         images, loss = results["inversion"]["images"], results["corrector"]
         names = ("corrector, M = 2", "corrector", "corrector, M = 8")
