@@ -150,9 +150,6 @@ LOOPS = {
         ('{"x_s": x_s[index]', '{"x_s": x_0[index]'),
         ("save_accepted(folder, model, x_0[index]", "save_accepted(folder, model, x_s[index]"),
     ],
-    ("noise_ppo.py", "text_features"): [
-        ("states if pooled is None else pooled[:, None]", "states"),
-    ],
     ("noise_ppo.py", "NoisePolicy.__init__"): [
         ("not std_only", "not mean_only"),
     ],

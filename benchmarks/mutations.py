@@ -401,6 +401,10 @@ TABLE = {
         ("part.mean(0, keepdim=True)", "part[:1]"),
         ("sorted(set(prompts))", "sorted(set(held_out))"),
     ],
+    ("noise_ppo.py", "policy_input", f"{FAMILIES} -k policy_reads"): [
+        ("if pooled is not None", "if pooled is None"),
+        ("states.mean(1, keepdim=True)", "states.mean(2, keepdim=True)"),
+    ],
     ("noise_ppo.py", "steps_row", f"{NOISE} -k 'other_ways and guidance'"): [
         ("2 if args.guidance > 1 and model.classifier_free else 1", "1")
     ],
