@@ -687,9 +687,10 @@ class Model:
         parts, most, cut = self.pipeline.components.items(), 0, prompts
         for tokenizer in (part for name, part in parts if name.startswith("tokenizer") and part is not None):
             limit = tokenizer.model_max_length
-            if type(tokenizer).__name__.startswith("T5"):  # then the pipeline says how much it reads
+            if not type(tokenizer).__name__.startswith("CLIP"):  # then the pipeline says how much it reads
                 parameters = inspect.signature(self.pipeline.encode_prompt).parameters
-                limit = parameters["max_sequence_length"].default
+                default = parameters["max_sequence_length"].default
+                limit = self.family.call.get("max_sequence_length", default)
             most = max(most, limit)
             cut = [p for p, ids in zip(cut, tokenizer(cut).input_ids if cut else []) if len(ids) > limit]
         if cut:
@@ -700,11 +701,9 @@ class Model:
             )
 
     def split(self, text: torch.Tensor) -> tuple:
-        """(token states (n, tokens, width), pooled embedding (n,
-        pooled) or None) of what `encode` returned."""
-        return text[:, : self.tokens], text[:, self.tokens :].flatten(1)[
-            :, : self.pooled
-        ] if self.pooled else None
+        """(token states (n, tokens, width), pooled embedding (n, pooled) or None) of what encode returned."""
+        pooled = text[:, self.tokens :].flatten(1)[:, : self.pooled] if self.pooled else None
+        return text[:, : self.tokens], pooled
 
     def predict(
         self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, guidance: float = 1.0

@@ -368,8 +368,12 @@ def test_prompts_that_are_cut_are_counted(script, arguments, monkeypatch):
 
 
 def test_the_encoder_that_reads_most_counts(families, models, capsys):
-    """SD 3's third text encoder reads 256 tokens; without it the others' limit holds, 12 here."""
+    """SD 3's third text encoder reads 256 tokens; without it the others' limit holds, 12 here. FLUX reads
+    512, FLUX.1 schnell 256."""
     with_t5, without = (Model(families["sd3"], "cpu", torch.float32, t5) for t5 in (True, False))
+    dev, schnell, klein = (
+        Model(families[name], "cpu", torch.float32) for name in ("flux", "schnell", "klein")
+    )
     longer = " ".join([LONG] * 20)
     for model, prompts, said in (
         (models["epsilon"], PROMPTS, None),
@@ -379,6 +383,10 @@ def test_the_encoder_that_reads_most_counts(families, models, capsys):
         (with_t5, [LONG], None),
         (with_t5, [LONG, longer], "1 of the 2 prompts are longer than the 256 tokens"),
         (with_t5, [], None),
+        (dev, [LONG, longer], None),
+        (schnell, [LONG, longer], "1 of the 2 prompts are longer than the 256 tokens"),
+        (klein, [LONG], None),  # its tokenizer here knows single letters
+        (klein, [LONG, longer], "1 of the 2 prompts are longer than the 512 tokens"),
     ):
         model.warn_of_cut(prompts)
         error = capsys.readouterr().err
