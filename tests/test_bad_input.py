@@ -131,7 +131,7 @@ UNREADABLE = [  # tyro says so
         },
     ),
     ("noise_ppo", {"--eval_steps 4 x": "--eval_steps | x", "--eval_steps 4,5": "--eval_steps | '4,5'"}),
-    ("inverse_noise_correction", {"--features beauty": "invalid choice 'beauty' | 'shapes', 'pixels'"}),
+    ("inverse_noise_correction", {"--features beauty": "invalid choice 'beauty' | 'fashion', 'pixels'"}),
 ]
 EARLY = [  # found before anything is loaded
     (
@@ -231,7 +231,7 @@ EARLY = [  # found before anything is loaded
             "--corrector_network unet:5": "--corrector_network unet:5: give unet: or token: and numbers",
             "--corrector_network unet:": "--corrector_network unet:: give unet: or token: and numbers",
             "--corrector_network token:99999999": "token:99999999: give | numbers from 4 to 4096",
-            "--corrector_network unet:4,4,4,4,4": "unet:4,4,4,4,4: 5 levels need a size that 16",
+            "--corrector_network unet:4,4,4,4,4,4": "unet:4,4,4,4,4,4: 6 levels need a size that 32",
             "--corrector_network token:8,4": "--corrector_network token:8,4: | have one width, as in",
         },
     ),
@@ -329,7 +329,8 @@ def files(tmp_path_factory):
         (folder / name).write_bytes(content)
     for name, script in SCRIPTS.items():
         (folder / f"run_of_{name}").mkdir()
-        (folder / f"run_of_{name}" / "args.json").write_text(json.dumps(dataclasses.asdict(script.Args())))
+        stored = {"script": name} | dataclasses.asdict(script.Args())
+        (folder / f"run_of_{name}" / "args.json").write_text(json.dumps(stored))
     return folder
 
 
@@ -619,7 +620,7 @@ def test_bad_pipelines(name, files):
 
 
 def test_a_flow_is_no_pipeline():
-    refused("--model | flow: cannot be loaded | model_index.json", check_model, f"{ROOT}/fashion")
+    refused("--model | fashion: cannot be loaded | model_index.json", check_model, f"{ROOT}/fashion")
 
 
 @pytest.mark.parametrize("name", FLOWS)

@@ -553,14 +553,14 @@ def test_vae_in_float32_where_the_stock_pipeline_does_so(families):
 
 
 def test_large_images_are_decoded_one_at_a_time(families, loaded, tmp_path):
-    folder = Path(shutil.copytree(families["sd3"], tmp_path / "large"))
-    config = json.loads((folder / "transformer" / "config.json").read_text())
-    (folder / "transformer" / "config.json").write_text(json.dumps(config | {"sample_size": 64}))
+    folder = Path(shutil.copytree(families["xl"], tmp_path / "large"))
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 64}))
     model, sizes = Model(str(folder), "cpu", torch.float32), []
     model.vae.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(len(inputs[0])))
-    latents = torch.randn(3, 16, 8, 8, generator=seeded())
-    assert_same_images(model.decode(latents), loaded["no_t5"].decode(latents))
-    assert model.latent_shape == (16, 64, 64) and sizes == [1, 1, 1] and not loaded["no_t5"].vae.use_slicing
+    latents = torch.randn(3, 4, 8, 8, generator=seeded())
+    assert_same_images(model.decode(latents), loaded["xl"].decode(latents))
+    assert model.latent_shape == (4, 64, 64) and sizes == [1, 1, 1] and not loaded["xl"].vae.use_slicing
 
 
 def test_text_encoders_are_on_the_device_only_while_they_encode(families, monkeypatch):

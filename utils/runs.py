@@ -111,6 +111,9 @@ def stored_arguments(args_class, folder: str):
     types = typing.get_type_hints(args_class)
     try:
         values = json.loads(file.read_text(encoding="utf-8")) | {"resume": folder}
+        own = Path(sys.modules[args_class.__module__].__file__).stem
+        if values.pop("script", own) != own:  # older runs do not say
+            raise ValueError(f"{own}.py did not begin it")
         for name, value in values.items():
             if isinstance(value, list):  # JSON has no tuples
                 values[name] = value = tuple(value)
@@ -244,7 +247,7 @@ def make_run_folder(args, script: str, model: str, seed: int, inputs: dict | Non
         lock(folder, "--resume" if args.resume else "--output")
         if not args.resume:
             check_output(str(folder), "")  # again: another process may have been faster
-            write_json(folder / "args.json", dataclasses.asdict(args))
+            write_json(folder / "args.json", {"script": script} | dataclasses.asdict(args))
         elif hasattr(args, LONGER):
             lengthen(folder, args)
     except OSError as error:
