@@ -460,23 +460,19 @@ def test_policy(policy, tiny_v):
 def test_corrector(tmp_path):
     from common import Flow, model_hash
 
-    flow = Flow.load(ROOT / "shapes" / "flow", "cpu")
-    sigmas = flow.grid(6, 1.0)
-    settings = {"model_hash": model_hash(flow.network), "steps": 6, "grid_power": 1.0, "scale": 1.5}
+    flow = Flow.load(ROOT / "fashion", "cpu")
+    sigmas = flow.grid(8, 1.0)
+    settings = {"model_hash": model_hash(flow.network), "steps": 8, "grid_power": 1.0, "scale": 1.5}
     settings |= {"sigmas": sigmas.tolist(), "timesteps": flow.scheduler.timesteps.tolist()}
     settings |= {"corrector_steps": 4, "normalise": "scale"}
-    network = inverse_noise_correction.new_network("token:8,8", 8, 2, 2, zero=True)
+    network = inverse_noise_correction.new_network("unet:4,8", 16, 2, 2, zero=True)
     inverse_noise_correction.Corrector(network, settings, {}).save(tmp_path / "corrector")
     code = block("docs/inverse_noise_correction.md", "Corrector").replace("<run>", str(tmp_path))
-    assert "(x, t, ...)" in code
-    # the embedded flow is a transformer, whose last class is "none"
-    none = "class_labels=torch.tensor([network.config.num_embeds_ada_norm])"
-    code = code.replace("(x, t, ...)", f"(x, t.expand(1), {none})")
     scope = {"torch": torch, "network": flow.network, "scheduler": flow.scheduler}
     scope["Corrector"] = inverse_noise_correction.Corrector
     with torch.no_grad():
         exec(code, scope)
-    assert scope["x"].shape == (1, 1, 8, 8) and scope["x"].isfinite().all()
+    assert scope["x"].shape == (1, 1, 16, 16) and scope["x"].isfinite().all()
 
 
 def test_conversion(lora, tmp_path, monkeypatch):

@@ -305,6 +305,8 @@ def test_a_run_is_the_same_whatever_a_reward_changes(tiny_arguments, tmp_path):
         argv = [*tiny_arguments, "--reward", "own.py:score", "--output", "run"]
         code = exit_code(argv, tmp_path / folder)
         assert code == 0, (tmp_path / folder / "output.txt").read_text()
+    for folder in ("loud", "quiet"):
+        (tmp_path / folder / "run" / "inputs.json").unlink()  # the two rewards' files differ
     assert_same_run(tmp_path / "loud" / "run", tmp_path / "quiet" / "run")
 
 
@@ -431,7 +433,7 @@ def test_noise_ppo_stops_where_no_reward_differs(tiny_arguments, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     small = "--iterations 2 --prompts_per_iteration 3 --epochs 1 --eval_steps 4 --reward own.py:score".split()
     code, _, error = run_inside([*arguments_for(NoiseArgs, tiny_arguments), *small], "noise_ppo.py")
-    named = "iteration 1: all images of a prompt had equal rewards"
+    named = "--reward own.py:score: no two images of a prompt had different rewards"
     assert_one_line(code, error.split("\r")[-1].lstrip(), named)
 
 
