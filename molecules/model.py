@@ -2,8 +2,8 @@
 
 A molecule is a row of up to 9 heavy atoms, hydrogens left out: coordinates in units of SCALE and half a
 one-hot of the element. The network is an EGNN (arXiv 2102.09844) that sees distances only, with a state for
-every pair of atoms. It predicts v = alpha eps - sigma x_0, as EDM (arXiv 2203.17003) in the space in which
-the coordinates of a molecule have the mean zero.
+every pair of atoms. It predicts v = alpha eps - sigma x_0 in the space in which the coordinates of a molecule
+have the mean zero, as in EDM (arXiv 2203.17003).
 """
 
 import contextlib
