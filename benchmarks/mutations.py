@@ -81,7 +81,7 @@ TABLE = {
         ("search(n + 1, total + gains[open_bonds[n]][more])", "search(n + 1, total + more)"),
     ],
     ("molecules/judge.py", "is_linear", f"{MOLECULES} -k 'line or real'"): [
-        ("return len(neighbours) == 1", "return True"),
+        ("return True", "return False"),
         ("np.cos(np.radians(LINE))", "-np.cos(np.radians(LINE))"),
     ],
     ("molecules/judge.py", "fits", f"{MOLECULES} -k 'distance'"): [

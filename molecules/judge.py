@@ -89,11 +89,12 @@ def bond_orders(elements: list[str], bonds: list[tuple], linear: list[bool]) -> 
 
 
 def is_linear(atom: int, place: np.ndarray, bonds: list[tuple]) -> bool:
-    """Whether an atom has one neighbour, or two in line with it, as in C#N or C=C=C. bonds: as of
+    """Whether an atom may take part in two pi bonds: its two neighbours are in line with it, as in CC#N or
+    C=C=C. Other numbers of neighbours do not matter: of three, the valence says enough. bonds: as of
     bond_orders."""
     neighbours = [b if a == atom else a for a, b, _ in bonds if atom in (a, b)]
     if len(neighbours) != 2:
-        return len(neighbours) == 1
+        return True
     first, second = place[neighbours] - place[atom]
     return first @ second < np.cos(np.radians(LINE)) * np.linalg.norm(first) * np.linalg.norm(second)
 
