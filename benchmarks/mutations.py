@@ -105,7 +105,7 @@ TABLE = {
             "torch.cat([pairs, self.radial(apart[..., :1])], 3)",
         ),
     ],
-    ("molecules/model.py", "Network.forward", f"{MOLECULES} -k 'equivariant or gaps or depends'"): [
+    ("molecules/model.py", "Network.forward", f"{MOLECULES} -k 'equivariant or gaps or depends or places'"): [
         ("mask.unsqueeze(2) * mask.unsqueeze(1)", "mask.unsqueeze(1)"),
         ("place - x[..., :3]", "place"),
         (" + self.count(count)", ""),
