@@ -106,7 +106,7 @@ TABLE = {
         ),
     ],
     ("molecules/model.py", "Network.forward", f"{MOLECULES} -k 'equivariant or gaps or depends or places'"): [
-        ("mask.unsqueeze(2) * mask.unsqueeze(1)", "mask.unsqueeze(1)"),
+        ("mask.unsqueeze(1)", "mask.unsqueeze(2)"),
         ("place - x[..., :3]", "place"),
         (" + self.count(count)", ""),
     ],

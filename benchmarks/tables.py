@@ -621,7 +621,7 @@ def other_correctors() -> str:
     return correction_table("seed 0", entries)
 
 
-# ---------------------------------------------------------------- samplers, processes, faults, mutations
+# ---------------------------------------------------------------- samplers of flows, faults, mutations
 
 
 @part("flow steps")
@@ -634,22 +634,6 @@ def grain() -> str:
     columns = ["steps", "η = 0.5", "η = 1"]
     rows = zip(flow_steps.STEPS, *([f"{std:.3f}" for std in flow_steps.grain(eta)] for eta in (0.5, 1.0)))
     return table(columns, rows)
-
-
-@part("processes")
-def processes() -> str:
-    record = stored("processes")
-    ways = dict.fromkeys((row["processes"], row["threads"]) for row in record["rows"])
-    medians = {}  # (processes, threads): (seconds, of the cores)
-    for way in ways:
-        rows = [row for row in record["rows"] if (row["processes"], row["threads"]) == way]
-        medians[way] = [float(np.median([row[name] for row in rows])) for name in ("seconds", "cpu")]
-    alone = medians[1, 1][0]
-    rows = [(*way, f"{s:.0f}", f"{alone / s:.2f}", f"{cpu:.0f}") for way, (s, cpu) in medians.items()]
-    columns = ["processes", "threads of each", "seconds", "times as fast", "seconds of the cores"]
-    return f"""{table(columns, rows)}
-
-`{record["command"]}`, whole commands, on {record["hardware"]}."""
 
 
 @part("faults")

@@ -119,8 +119,8 @@ class Network(nn.Module):
         be any number of rows for gaps."""
         rows = x.shape[1]
         mask = atom_mask(count, rows)
-        # no atom sends to itself, none to a gap
-        pair_mask = mask.unsqueeze(2) * mask.unsqueeze(1) * (1 - torch.eye(rows, device=x.device))[..., None]
+        # no atom sends to itself, and no gap sends
+        pair_mask = mask.unsqueeze(1) * (1 - torch.eye(rows, device=x.device))[..., None]
         angles = level[:, None] * (math.pi / 2 * torch.arange(1, WAVES + 1, device=x.device))
         waves = torch.cat([angles.sin(), angles.cos()], 1)
         condition = self.level_out(nn.functional.silu(self.level(waves))) + self.count(count)

@@ -209,6 +209,8 @@ def flags_of(script):
 def test_flags_exist():
     """Those that the text names, and those of code of the methods."""
     fields = {flag for script in METHODS for flag in flags_of(script)} | {"--help", "--dist"}
+    actions = torch.distributed.run.get_args_parser()._actions
+    fields |= {flag for action in actions for flag in action.option_strings}
     files = [file for room in ("benchmarks", "shapes", "molecules") for file in (ROOT / room).glob("*.py")]
     others = "".join(file.read_text(encoding="utf-8") for file in files)
     for page, spans in SPANS.items():
