@@ -124,7 +124,8 @@ def read_run(args):
     method = "pgraft" if "switch" in stored or (folder / SWITCH_FILE).is_file() else "graft"
     method = "noise_ppo" if (folder / POLICY_FILE).is_file() else method
     given = {name: value for name, value in asdict(args).items() if value is not None and name in stored}
-    settings = SimpleNamespace(**stored | given | {"prompts": stored["prompts"]})
+    newer = {"height": None, "width": None, "model_config": ""}  # than some runs
+    settings = SimpleNamespace(**newer | stored | given | {"prompts": stored["prompts"]})
     settings.device = check_device(settings.device, settings.dtype)
     lora = settings.lora if method == "noise_ppo" else args.lora
     if method == "noise_ppo" and args.eta is not None:

@@ -70,7 +70,7 @@ TABLE = {
         ("search(n + 1, total + gains[open_bonds[n]][more])", "search(n + 1, total + more)"),
     ],
     ("molecules/judge.py", "is_linear", f"{MOLECULES} -k 'line or real'"): [
-        ("return len(neighbours) == 1", "return True"),
+        ("return True", "return False"),
         ("np.cos(np.radians(LINE))", "-np.cos(np.radians(LINE))"),
     ],
     ("molecules/judge.py", "fits", f"{MOLECULES} -k 'distance'"): [
@@ -94,8 +94,8 @@ TABLE = {
             "torch.cat([pairs, self.radial(apart[..., :1])], 3)",
         ),
     ],
-    ("molecules/model.py", "Network.forward", f"{MOLECULES} -k 'equivariant or gaps or depends'"): [
-        ("mask.unsqueeze(2) * mask.unsqueeze(1)", "mask.unsqueeze(1)"),
+    ("molecules/model.py", "Network.forward", f"{MOLECULES} -k 'equivariant or gaps or depends or places'"): [
+        ("mask.unsqueeze(1)", "mask.unsqueeze(2)"),
         ("place - x[..., :3]", "place"),
         (" + self.count(count)", ""),
     ],

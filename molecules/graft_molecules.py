@@ -14,6 +14,20 @@ What differs from graft.py
     The learning rate falls to 0 in every round: a constant one ruins a small model within a few
     The table counts molecules: valid, stable, distinct, not in QM9
     Nothing here concerns prompts, guidance, precision or families of models
+Notation
+    x_t = alpha_t x_0 + sigma_t eps,  alpha_t^2 + sigma_t^2 = 1
+    p the model that is sampled; r(x) the reward; M samples x_i a group
+    a rule accepts x_i with probability A_i; X and A: one sample and its acceptance probability
+Equations, numbered as in graft.py
+    (1) accepted samples follow  argmax_q  E_q[rhat] - KL(q || p),  rhat(x) = log E[A | X = x]
+    (2) K best of M:  rhat = log sum_{j<K} C(M-1, j) U^(M-1-j) (1-U)^j,  U = P(r(X') <= r(x)),  X' ~ p,
+        ties broken at random
+    (3) KL(accepted || p) = integral_0^1 f log f du,  f = (M/K) exp(rhat);
+        K = 1: log M - (M-1)/M;  better of a pair: M = 2
+    (4) loss  E |prediction(x_t, t, c) - target|^2,  target v = alpha_t eps - sigma_t x_0
+    (5) step to the next level ('):  x' = alpha' x_0 + sqrt(sigma'^2 - std^2) eps + std w,
+        std = eta sigma' / sigma sqrt(sigma^2 - (alpha sigma' / alpha')^2),  w ~ N(0, I),
+        x_0 and eps as predicted. This is DDIM
 """
 
 import importlib.util

@@ -2,7 +2,8 @@
 
 Hydrogens are not there: RDKit adds as many as the valences leave free. Two atoms are bonded if their distance
 is below the length of a single bond + MARGIN. Bond orders are those that fit the distances best of all that
-exceed no valence (`bond_orders`). Typical lengths are those of EDM (arXiv 2203.17003, appendix). A molecule
+exceed no valence (`bond_orders`). An atom has two double bonds or a triple bond only if its neighbours are
+in line with it (`is_linear`). Typical lengths are those of EDM (arXiv 2203.17003, appendix). A molecule
 is stable if its atoms are connected, no distance contradicts its bond order (`fits`) and RDKit's sanitisation
 accepts it.
 """
@@ -32,7 +33,6 @@ LENGTHS = {  # pm, of single, double, triple bonds
 }
 MARGIN = 10  # pm, by which a single bond may be longer than typical; EDM's
 SHORTER = 8  # pm, by which the shortest bond of two elements may be shorter than typical
-CLEAR = 0  # pm, by which a bond must be longer than is typical of the next higher order
 LINE = 150  # degrees, from which on three atoms are in line
 ORDERS = (Chem.BondType.SINGLE, Chem.BondType.DOUBLE, Chem.BondType.TRIPLE)
 
@@ -65,9 +65,8 @@ def bond_orders(elements: list[str], bonds: list[tuple], linear: list[bool]) -> 
             gain.append(gain[-1] + step)
         gains.append(gain)
     open_bonds = sorted((i for i, gain in enumerate(gains) if len(gain) > 1), key=lambda i: -gains[i][-1])
-    rest = [
-        sum(gains[i][-1] for i in open_bonds[n:]) for n in range(len(open_bonds) + 1)
-    ]  # bounds the search
+    # what the bonds from n on can add at most: it bounds the search
+    rest = [sum(gains[i][-1] for i in open_bonds[n:]) for n in range(len(open_bonds) + 1)]
     best, orders = [-1.0, None], [1] * len(bonds)
 
     def search(n, total):
@@ -90,11 +89,12 @@ def bond_orders(elements: list[str], bonds: list[tuple], linear: list[bool]) -> 
 
 
 def is_linear(atom: int, place: np.ndarray, bonds: list[tuple]) -> bool:
-    """Whether an atom has one neighbour, or two in line with it, as in C#N or C=C=C. bonds: as of
+    """Whether an atom may take part in two pi bonds: its two neighbours are in line with it, as in CC#N or
+    C=C=C. Other numbers of neighbours do not matter: of three, the valence says enough. bonds: as of
     bond_orders."""
     neighbours = [b if a == atom else a for a, b, _ in bonds if atom in (a, b)]
     if len(neighbours) != 2:
-        return len(neighbours) == 1
+        return True
     first, second = place[neighbours] - place[atom]
     return first @ second < np.cos(np.radians(LINE)) * np.linalg.norm(first) * np.linalg.norm(second)
 
@@ -103,7 +103,7 @@ def fits(typical: tuple, order: int, distance: float) -> bool:
     """Whether a distance does not contradict a bond order. typical: of the elements, as in LENGTHS; pm."""
     if distance < typical[-1] - SHORTER:
         return False
-    return order == len(typical) or distance > typical[order] + CLEAR
+    return order == len(typical) or distance > typical[order]
 
 
 class Judged(NamedTuple):

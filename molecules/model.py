@@ -2,8 +2,8 @@
 
 A molecule is a row of up to 9 heavy atoms, hydrogens left out: coordinates in units of SCALE and half a
 one-hot of the element. The network is an EGNN (arXiv 2102.09844) that sees distances only, with a state for
-every pair of atoms. It predicts v = alpha eps - sigma x_0, as EDM (arXiv 2203.17003) in the space in which
-the coordinates of a molecule have the mean zero.
+every pair of atoms. It predicts v = alpha eps - sigma x_0 in the space in which the coordinates of a molecule
+have the mean zero, as in EDM (arXiv 2203.17003).
 """
 
 import contextlib
@@ -119,8 +119,8 @@ class Network(nn.Module):
         be any number of rows for gaps."""
         rows = x.shape[1]
         mask = atom_mask(count, rows)
-        # no atom sends to itself, none to a gap
-        pair_mask = mask.unsqueeze(2) * mask.unsqueeze(1) * (1 - torch.eye(rows, device=x.device))[..., None]
+        # no atom sends to itself, and no gap sends
+        pair_mask = mask.unsqueeze(1) * (1 - torch.eye(rows, device=x.device))[..., None]
         angles = level[:, None] * (math.pi / 2 * torch.arange(1, WAVES + 1, device=x.device))
         waves = torch.cat([angles.sin(), angles.cos()], 1)
         condition = self.level_out(nn.functional.silu(self.level(waves))) + self.count(count)

@@ -162,21 +162,25 @@ def train(model: Model, x_0: torch.Tensor, count: torch.Tensor, args: Args) -> N
     model.network.requires_grad_(False)
 
 
-def report(model: Model, count: torch.Tensor, known: np.ndarray, args: Args) -> None:
-    """Print how many of the sampled molecules are stable, valid, unique and new. count: of the data, from
-    which the numbers of atoms are drawn."""
+def report(model: Model, x_0: torch.Tensor, count: torch.Tensor, known: np.ndarray, args: Args) -> None:
+    """Print how many of the sampled molecules are valid, stable, distinct and new, and what the judge says of
+    the data. x_0: (n, ATOMS, 7), count: (n,), both of the data, from which the numbers of atoms are drawn."""
     generator = torch.Generator().manual_seed(derived_seed(args.seed, "check"))
-    count = count[torch.randint(len(count), (args.check,), generator=generator)]
+    counts = count[torch.randint(len(count), (args.check,), generator=generator)]
     judged, hashes = [], {bytes(row) for row in known}
     for i in range(0, args.check, 500):
-        part = count[i : i + 500]
+        part = counts[i : i + 500]
         noise = draw_noise([derived_seed("check", j) for j in range(i, i + len(part))], args.steps)
-        x = sample(model, noise, part, 1.0).cpu()
-        judged += [judge(y[:n]) for y, n in zip(x, part.tolist())]
+        drawn = sample(model, noise, part, 1.0).cpu()
+        judged += [judge(x[:n]) for x, n in zip(drawn, part)]
     keys = [m.key for m in judged if m.stable]
     shares = {"valid": sum(m.valid for m in judged), "stable": len(keys), "distinct stable": len(set(keys))}
     shares["new stable"] = sum(known_hash(key) not in hashes for key in set(keys))
     print(", ".join(f"{name} {n / args.check:.3f}" for name, n in shares.items()), f"of {args.check}")
+    data = torch.randint(len(x_0), (args.check,), generator=generator)
+    judged = [judge(x_0[i, : count[i]]) for i in data]
+    stable, known = (sum(m.stable for m in judged), sum(known_hash(m.key) in hashes for m in judged))
+    print(f"of as many of the data: stable {stable / args.check:.3f}, known {known / args.check:.3f}")
 
 
 def main(args: Args) -> None:
@@ -200,7 +204,7 @@ def main(args: Args) -> None:
     np.save(buffer, data["known"])
     write_atomically(args.out / "known.npy", buffer.getvalue())
     print(f"{args.out}: {time.perf_counter() - start:.0f} s", flush=True)
-    report(model, count, data["known"], args)
+    report(model, x_0, count, data["known"], args)
 
 
 if __name__ == "__main__":

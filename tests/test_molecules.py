@@ -216,10 +216,18 @@ def test_prediction_depends_on_level_and_count(noisy):
     model, (x, level, count) = random_network(), noisy
     v = model.predict(x, level, count)
     assert not torch.allclose(v, model.predict(x, level / 2, count), atol=1e-2)
-    fewer = project(x, count.clamp(max=5))
-    assert not torch.allclose(
-        model.predict(fewer, level, count), model.predict(fewer, level, count.clamp(max=5)), atol=1e-2
-    )
+    with torch.no_grad():
+        model.network.count.weight[6] = 0
+    other = model.predict(x, level, count)
+    assert not torch.allclose(v[1], other[1], atol=1e-2) and torch.equal(v[[0, 2, 3]], other[[0, 2, 3]])
+
+
+def test_places_that_do_not_move_have_no_velocity(noisy):
+    model, (x, level, count) = random_network(), noisy
+    with torch.no_grad():
+        for layer in model.network.layers:
+            layer.move_out.weight.zero_()
+    assert not model.predict(x, level, count)[..., :3].any()
 
 
 def test_projection():
@@ -451,6 +459,8 @@ def test_measures():
     rows += [row(True, True, "b", False, 4.0, 4.0, 0.2), row(True, False, "c"), row(False, False, "")]
     expected = {"reward": 2.0, "valid": 0.8, "stable": 0.6, "unique_of_valid": 0.75, "distinct_stable": 0.4}
     assert measures(rows) == pytest.approx(expected | {"new_of_distinct": 0.5, "logp": 2.0, "qed": 0.4})
+    both = [row(True, True, "a", reward=1.0), row(True, False, "b", reward=0.0)]  # of the reward `stable`
+    assert measures(both)["reward"] == 0.5
     nothing = measures([row(False, False, "")] * 3)
     assert nothing["stable"] == 0 and math.isnan(nothing["logp"]) and math.isnan(nothing["new_of_distinct"])
 
