@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -426,7 +427,8 @@ def run_inside(argv: list[str], script: str = "graft.py") -> tuple[int, str, str
         code = stop.code or 0
     finally:
         sys.argv = before
-        signal.signal(signal.SIGINT, on_interrupt)
+        if threading.current_thread() is threading.main_thread():  # others set no handlers
+            signal.signal(signal.SIGINT, on_interrupt)
     return code, out.getvalue(), err.getvalue()
 
 
