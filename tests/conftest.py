@@ -17,8 +17,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 

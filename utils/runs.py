@@ -170,7 +170,7 @@ def run_script(main, args_class, shared: bool = False) -> None:
     except SystemExit as stop:  # tyro has printed what was wrong, or the help
         leave(stop.code or 0)
     except (KeyboardInterrupt, Exception) as error:
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program is ending: another Ctrl-C says nothing
         text, code = last_words(error)
         reports = FIRST if isinstance(error, KeyboardInterrupt) else first_to_report()
