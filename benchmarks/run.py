@@ -207,7 +207,7 @@ TUNING = {name: Arm(f"{command} {VALID}", seeds=(0,)) for name, command in TUNIN
 SMALL = "--atoms 6 --steps 25 --rounds 5 --groups_per_round 30 --top_k 1 --updates 80 --batch 48 --lr 1e-3"
 SMALL = f"molecules/graft_molecules.py {SMALL} --eval_every 0 --eval_molecules 240"
 MOLECULES = {
-    "deduplicated": Arm(SMALL, figures=("grid.png",)),
+    "deduplicated": Arm(SMALL),
     "copies": Arm(f"{SMALL} --no-deduplicate"),
     "none": Arm(f"{SMALL.replace('--top_k 1 ', '')} --rule none --no-deduplicate"),
     "default": Arm("molecules/graft_molecules.py --eval_every 0", seeds=(0,), figures=("grid.png",)),
