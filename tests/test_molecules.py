@@ -210,6 +210,8 @@ def test_gaps_are_nothing(noisy):
         assert v[i, :, :3].sum(0).abs().max() < 1e-5
         alone = model.predict(x[i : i + 1], level[i : i + 1], count[i : i + 1])
         assert torch.allclose(alone[0], v[i], atol=1e-5)
+        without = model.predict(x[i : i + 1, :n], level[i : i + 1], count[i : i + 1])  # rows for gaps
+        assert torch.allclose(without[0], v[i, :n], atol=1e-5)
 
 
 def test_prediction_depends_on_level_and_count(noisy):
