@@ -61,7 +61,7 @@ from common import (
 )
 from rewards import diversity, image_statistics, read_rewards, score
 from utils.figures import GRID_IMAGES, save_curves, save_grid, shrink
-from utils.processes import gather, own_share, several_processes, sum_gradients
+from utils.processes import SIZE, gather, own_share, several_processes, sum_gradients
 from utils.prompts import TRAIN_PROMPTS, prompt_files, read_prompt_sets
 from utils.runs import (
     InputError,
@@ -468,6 +468,8 @@ def prepare(args):
         )
     args = with_family_defaults(args)
     args.device = check_device(args.device, args.dtype)
+    if args.dtype == "float16" and args.batch < SIZE:  # every process must scale a loss
+        raise InputError(f"--batch {args.batch}: with float16 at least one for each of the {SIZE} processes")
     rewards = read_rewards(args.reward, args.eval_rewards)
     inputs = [args.model, args.model_config, *prompt_files(args.prompts, args.eval_prompts)]
     inputs += [find_lora(args.lora, "--lora")] if args.lora else []

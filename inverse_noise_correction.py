@@ -26,7 +26,7 @@ Choices that the paper leaves open
     z is standardised by its mean and covariance, or by its scale alone where there are too few images
     (--normalise).
     u = a + b y, where the network returns a and b. It is also told |y|^2, which its normalisation layers
-    would hide: inverted noises differ from a Gaussian most of all in their norm.
+    would hide: the norms of inverted noises spread less than a Gaussian's.
     Equation (2) is solved with Anderson acceleration (measured in docs/inverse_noise_correction.md).
     Of the averaged weights at each checkpoint, and the untrained network, those with the least held-out loss
     are kept.

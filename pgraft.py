@@ -75,7 +75,7 @@ from common import (
 )
 from rewards import diversity, image_statistics, read_rewards, score
 from utils.figures import GRID_IMAGES, save_curves, save_grid, save_panels, shrink
-from utils.processes import gather, own_share, several_processes, sum_gradients
+from utils.processes import SIZE, gather, own_share, several_processes, sum_gradients
 from utils.prompts import TRAIN_PROMPTS, prompt_files, read_prompt_sets
 from utils.runs import (
     InputError,
@@ -666,12 +666,14 @@ def prepare(args):
     gaps, training prompts, held-out prompts, rewards, hashes of what the run reads): rewards[0] is optimised,
     all are reported."""
     check_output(args.output, args.resume)
-    check_start(args)
+    lora_folder = check_start(args)
     args = with_family_defaults(args, eta=ETA)
     args.device = check_device(args.device, args.dtype)
+    if args.dtype == "float16" and args.batch < SIZE:  # every process must scale a loss
+        raise InputError(f"--batch {args.batch}: with float16 at least one for each of the {SIZE} processes")
     rewards = read_rewards(args.reward, args.eval_rewards)
     inputs = [args.model, args.model_config, *prompt_files(args.prompts, args.eval_prompts)]
-    inputs += [find_lora(args.lora, "--lora")] if args.lora else []
+    inputs += [find_lora(args.lora, "--lora"), lora_folder / SWITCH_FILE] if args.lora else []
     inputs = check_inputs(args.resume, [*inputs, *(file for reward in rewards for file in reward.files())])
     prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
     for reward in rewards:

@@ -218,7 +218,9 @@ def main(args):
 images, {args.steps} steps, eta {args.eta:g}
   update     {args.epochs} epochs x {math.ceil(per_round / args.batch)} updates x {args.batch} trajectories \
 a round, clip {args.clip:g}, lr {args.lr:g}""")
-    model.remember(["", *held_out, *(prompts[i] for i in sorted({i for ids in schedule for i in ids}))])
+    texts = [*held_out, *(prompts[i] for i in sorted({i for ids in schedule for i in ids}))]
+    model.warn_of_cut(texts)
+    model.remember(["", *texts])
     scaler = torch.amp.GradScaler(args.device, enabled=False)
     state, save = restore(args, folder, model, optimizer, scaler)
     run_start = time.perf_counter() - state["seconds"]

@@ -71,6 +71,7 @@ class Args:
     dtype: Dtype | None = None  # precision of the model
 
     model: str | None = None  # folder or hub id of the pipeline, if it has moved
+    model_config: str | None = None  # configuration of a single file as --model, if it has moved; "": none
     lora: str | None = None  # run folder of the LoRA below a noise policy, if it has moved
     prompts: str = ""  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column; left out: the held-out ones
     eval_samples: int | None = None  # images per prompt
@@ -123,9 +124,9 @@ def read_run(args):
         raise InputError(f"{folder}/args.json: is damaged or of another script ({missing[0]})")
     method = "pgraft" if "switch" in stored or (folder / SWITCH_FILE).is_file() else "graft"
     method = "noise_ppo" if (folder / POLICY_FILE).is_file() else method
+    stored = {"height": None, "width": None, "model_config": ""} | stored  # newer than some runs
     given = {name: value for name, value in asdict(args).items() if value is not None and name in stored}
-    newer = {"height": None, "width": None, "model_config": ""}  # than some runs
-    settings = SimpleNamespace(**newer | stored | given | {"prompts": stored["prompts"]})
+    settings = SimpleNamespace(**stored | given | {"prompts": stored["prompts"]})
     settings.device = check_device(settings.device, settings.dtype)
     lora = settings.lora if method == "noise_ppo" else args.lora
     if method == "noise_ppo" and args.eta is not None:
@@ -239,11 +240,16 @@ def main(args):
     settings, method = read_run(args)
     prompts, rewards = read_task(args, settings)
     model = load_model(settings)
+    if not model.family.takes_guidance and args.guidance not in (None, 1):
+        raise InputError(
+            f"--guidance {args.guidance:g}: {model.family.label} takes no guidance; leave it out"
+        )
     if lora := settings.lora if method == "noise_ppo" else args.run:
         model.load_lora(lora)
     policy = load_policy(args.run, model) if method == "noise_ppo" else None
     grid = model.timesteps(settings.steps)
     switch = settings.switch_timestep = switch_of(args, settings, method, model)
+    model.warn_of_cut(prompts)
     model.remember(["", *prompts])
     folder = make_run_folder(args, "evaluate", str(Path(args.run).resolve()), settings.seed)
     eta = "" if policy else f", eta {settings.eta:g}"
@@ -266,8 +272,8 @@ guidance {settings.guidance:g}{eta}""")
         title = "tuned, same seeds (base on the left)"
     (base, base_images), (tuned, tuned_images) = pairs
     table, seconds = paired_table(base, tuned, columns), time.perf_counter() - start
-    save_grid(folder / "grid.png", base_images, tuned_images, prompts, settings.eval_samples, title)
     write_json(folder / "results.json", {"table": table, "seconds": seconds, **extra})
+    save_grid(folder / "grid.png", base_images, tuned_images, prompts, settings.eval_samples, title)
     print_table(table, f"{len(prompts)} prompts")
     print(f"\n{seconds:.0f} s. In {folder}: results.json, grid.png.")
     print("To use what was evaluated:\n")

@@ -139,7 +139,7 @@ NOISE_PPO = {
 # of "anderson" and "plain_iteration" only the inversion.
 
 CORRECTION = "inverse_noise_correction.py"
-ONE_ROW = "--images 100 --updates 1 --eval_corrector_steps 2 --no-longer"
+ONE_ROW = "--updates 1 --eval_corrector_steps 2 --no-longer --max_failed 1"
 INC = {
     "default": Arm(CORRECTION, seeds=(0,), figures=("curve.png", "grid.png", "noise.png")),
     "default_again": Arm(f"{CORRECTION} --no-longer --eval_steps 8", seeds=(1, 2)),
@@ -149,13 +149,12 @@ INC = {
     ),
     "power_0.7": Arm(f"{CORRECTION} --grid_power 0.7 --images 5000 --updates 2500 --no-longer", seeds=(0,)),
     "anderson": Arm(f"{CORRECTION} {ONE_ROW} --images 500 --eval_steps 8", seeds=(0,)),
-    "plain_iteration": Arm(
-        f"{CORRECTION} {ONE_ROW} --images 500 --eval_steps 8 --memory 0 --max_failed 1", seeds=(0,)
-    ),
+    "plain_iteration": Arm(f"{CORRECTION} {ONE_ROW} --images 500 --eval_steps 8 --memory 0", seeds=(0,)),
 }
 for _steps in (8, 10, 16):
     INC[f"grid_0.6_{_steps}"] = Arm(
-        f"{CORRECTION} --grid_power 0.6 --steps {_steps} --eval_steps {_steps} {ONE_ROW}", seeds=(0,)
+        f"{CORRECTION} --grid_power 0.6 --steps {_steps} --eval_steps {_steps} --images 100 {ONE_ROW}",
+        seeds=(0,),
     )
 
 # ---------------------------------------------------------------- all methods at one budget

@@ -57,7 +57,7 @@ class Args:
     flow: bool = True  # train the flow
     features: bool = True  # train the feature network, of Fashion-MNIST only
     images: bool = True  # write the sheets of images, of Fashion-MNIST only
-    device: Device = "auto"  # auto: CUDA if there is one
+    device: Device = "auto"  # auto: CUDA or MPS if there is one
 
     data: str = ""  # folder of images; left out: Fashion-MNIST
     size: int = 16  # with --data: pixels of a side
@@ -153,7 +153,8 @@ def report_features(net: FeatureNet, device: str, images: dict, classes: torch.T
         "tenth replaced by noise": torch.cat([fresh[tenth:], torch.randn_like(fresh[:tenth])]),
     }
     for name, faulty in faults.items():
-        print(f"  Frechet distance, fault: {name:<24} {frechet_distance(net(reference), net(faulty)):.3f}")
+        distance = frechet_distance(net(reference).cpu(), net(faulty).cpu())  # MPS has no float64
+        print(f"  Frechet distance, fault: {name:<24} {distance:.3f}")
 
 
 def train_flow(args: Args, images: torch.Tensor) -> Flow:

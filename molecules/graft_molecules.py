@@ -30,15 +30,19 @@ Equations, numbered as in graft.py
         x_0 and eps as predicted. This is DDIM
 """
 
-import importlib.util
 import math
 import sys
 import time
 import traceback
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+if sys.version_info < (3, 11):  # noqa: UP036 (whoever runs an older one is to read why it fails)
+    print("error: Python 3.11 or newer is needed, this is", sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch
@@ -68,6 +72,7 @@ from utils.figures import GRID_IMAGES, save_curves, save_grid
 from utils.processes import gather, own_share, several_processes, sum_gradients
 from utils.runs import (
     InputError,
+    check_inputs,
     check_output,
     check_range,
     log_metrics,
@@ -78,6 +83,7 @@ from utils.runs import (
     write_atomically,
     write_json,
 )
+from utils.user_code import UserModule
 
 Rule = Literal["topk", "preference", "exponential", "threshold", "none"]
 RANKING = ("topk", "preference")  # rules for which only the order of the rewards counts
@@ -123,7 +129,7 @@ class Args:
     updates: int = 200  # optimiser updates per round
     batch: int = 96  # molecules per update
     lr: float = 2e-4  # AdamW learning rate at the start of a round; falls to 0 by its end
-    save_accepted: bool = False  # write accepted molecules to <run>/accepted.smi and accepted.xyz
+    save_accepted: bool = False  # write a round's accepted stable molecules to <run>/accepted001.smi and .xyz
 
     def __post_init__(self):
         """InputError for a value out of range, or for settings that do not go together."""
@@ -332,7 +338,8 @@ def sample_and_judge(model, reward, counts, seeds, args, label):
         raise InputError(f"{label}: NaN or Inf in the molecules; use a lower --lr")
     judged = [judge(x[:n]) for x, n in zip(x_0, counts)]
     lowest = 0.0 if args.reward == "stable" else -math.inf  # of what is not stable
-    scores = {"reward": torch.tensor([reward(j.molecule) if j.stable else lowest for j in judged])}
+    values = [reward(j.molecule) if j.stable else lowest for j in own_share(judged)]
+    scores = {"reward": torch.tensor(gather(values))}  # of all processes, in order
     scores["valid"] = torch.tensor([float(j.valid) for j in judged])
     scores["stable"] = torch.tensor([float(j.stable) for j in judged])
     return x_0, scores, judged
@@ -476,6 +483,9 @@ def sampled_row(number, args, rewards, ruled, index, scores, keys, options):
             f"(largest {rewards.max():.4g}) and count as equal to it; give the reward's true upper bound",
             file=sys.stderr,
         )
+    ranked = rewards  # of exponential without the groups that have no stable molecule, so no best reward
+    if args.rule == "exponential":
+        ranked = rewards[rewards.amax(1) > -math.inf]
     group = 2 if args.rule == "preference" else args.samples  # the samples among which a rule ranks
     groups = rewards.view(len(rewards), -1, group)  # (groups, subgroups, group)
     flat = ((groups.amax(2) == groups.amin(2)) & (args.rule in RANKING)).double().mean().item()
@@ -499,7 +509,7 @@ def sampled_row(number, args, rewards, ruled, index, scores, keys, options):
         "reward_accepted": mean_of_stable(rewards.flatten()[index]),
         "acceptance_rate": len(index) / rewards.numel(),
         "flat_groups": flat,
-        "kl": estimated_kl(rewards, args.rule, **options),
+        "kl": estimated_kl(ranked, args.rule, **options),
         "deduplication_kl": deduplication_kl([keys[i] for i in ruled], [keys[i] for i in index]),
         "valid": scores["valid"].mean().item(),
         "stable": scores["stable"].mean().item(),
@@ -525,39 +535,41 @@ def print_round(state, rounds, speed):
 # ================================================================ the run
 
 
-def load_function(spec: str, flag: str):
-    """The function of "path/to/file.py:name"; InputError if there is none."""
-    file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise InputError(f"{flag} {spec}: no file {file}; give path/to/file.py:function")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # the user's file may raise anything
-        raise InputError(f"{flag} {spec}: {file} does not load ({type(error).__name__}: {error})") from None
-    if not callable(getattr(module, name, None)):
-        raise InputError(f"{flag} {spec}: {file} has no function {name!r}")
-    return getattr(module, name)
-
-
 def read_reward(spec):
-    """The reward `spec` of one stable RDKit molecule, a function that returns a finite number.
-    InputError if there is none, and from the function for anything else."""
+    """The reward `spec` of one stable RDKit molecule, a function that returns a finite number. One of the
+    user's file gets copies, and cannot change the run. InputError if there is none, and from the function for
+    anything else."""
     if spec in PROPERTIES:
         return PROPERTIES[spec]
-    function = load_function(spec, "--reward")
+    file, _, name = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise InputError(
+            f"--reward {spec}: no file {file}; give {', '.join(PROPERTIES)} or path/to/file.py:function"
+        )
+    try:
+        user = UserModule(file)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's file may raise anything, and may exit
+        raise InputError(f"--reward {spec}: {file} does not load ({type(error).__name__}: {error})") from None
+    function = getattr(user.module, name, None)
+    if not callable(function):
+        raise InputError(f"--reward {spec}: {file} has no function {name!r}")
 
     def reward(molecule):
+        smiles = Chem.MolToSmiles(molecule)
         try:
-            value = float(function(molecule))
-        except Exception as error:  # the user's function may raise anything
+            with user.running(zlib.crc32(smiles.encode())):  # a resumed run sees the same random numbers
+                value = float(function(Chem.Mol(molecule)))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the user's function may raise anything, and may exit
             where = traceback.extract_tb(error.__traceback__)[-1]
             raise InputError(
                 f"reward {spec}: {type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
             ) from error
         if not math.isfinite(value):
-            raise InputError(f"reward {spec}: is {value} for {Chem.MolToSmiles(molecule)}; must be finite")
+            raise InputError(f"reward {spec}: is {value} for {smiles}; must be finite")
         return value
 
     return reward
@@ -571,12 +583,14 @@ def read_known():
 def main(args):
     check_output(args.output, args.resume)
     args.device = check_device(args.device)
+    own = [] if args.reward in PROPERTIES else [args.reward.rpartition(":")[0]]  # the file of a reward
+    inputs = check_inputs(args.resume, [args.model, KNOWN, *own])
     reward, known = read_reward(args.reward), read_known()
     model = Model.load(args.model, args.device)
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.seed)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     scaler = torch.amp.GradScaler(args.device, enabled=False)
-    folder = make_run_folder(args, "graft_molecules", args.model, args.seed)
+    folder = make_run_folder(args, "graft_molecules", args.model, args.seed, inputs)
     print(describe(args, model, folder), flush=True)
 
     # state: {round, rows, losses, accepted, seconds, tuned}; save() stores it with LoRA and optimiser
@@ -661,13 +675,14 @@ def main(args):
                 tuned, tuned_images, molecules = evaluate(model, reward, known, args, f"evaluate {r + 1}")
             state["tuned"] = tuned
             row |= {f"{name}_held_out": value for name, value in measures(tuned).items()}
-            titles = [f"{args.atoms[i % len(args.atoms)]} atoms" for i in range(GRID_IMAGES // GRID_COLUMNS)]
-            save_grid(folder / "grid.png", base_images, tuned_images, titles, GRID_COLUMNS)
             save_molecules(folder, "tuned", *molecules)
         state["losses"] += losses
         state["round"] = r + 1
         model.save_tuned(folder)
         log_metrics(folder, state["rows"], state["round"], time.perf_counter() - run_start)
+        if not math.isnan(row["reward_held_out"]):
+            titles = [f"{args.atoms[i % len(args.atoms)]} atoms" for i in range(GRID_IMAGES // GRID_COLUMNS)]
+            save_grid(folder / "grid.png", base_images, tuned_images, titles, GRID_COLUMNS)
         save_curves(folder / "curves.png", state["rows"], state["losses"], base_reward, args.reward)
         save()
         print_round(state, args.rounds, speed)

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from utils.processes import LOCAL_SIZE
 from utils.runs import InputError, write_atomically
 
 HERE = Path(__file__).resolve().parent
@@ -247,7 +248,14 @@ def check_device(device: str) -> str:
         raise InputError(
             "--device cuda: no CUDA device found; use --device cpu, or install a CUDA build of torch"
         )
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and LOCAL_SIZE > torch.cuda.device_count():
+        raise InputError(
+            f"--nproc_per_node {LOCAL_SIZE}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "start as many processes, or use --device cpu"
+        )
+    return device
 
 
 def derived_seed(*key: int | str) -> int:

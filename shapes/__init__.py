@@ -1,1 +1,1 @@
-"""The embedded world: a renderer, a checker and a small Stable Diffusion trained on them."""
+"""The shapes: a renderer, a checker and a small Stable Diffusion trained on their images."""

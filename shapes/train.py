@@ -1,7 +1,8 @@
 """Train the embedded Stable Diffusion from scratch. The stages took 58 minutes on two busy CPU cores.
 
-Run: python -m shapes.train Result: shapes/pipeline/, a stock `StableDiffusionPipeline` in half precision
-(CLIP tokenizer and text encoder, U-Net with v-prediction, DDIM).
+Run: python -m shapes.train
+Result: shapes/pipeline/, a stock `StableDiffusionPipeline` in half precision (CLIP tokenizer and text
+encoder, U-Net with v-prediction, DDIM).
 
 Stages: (1) The VAE. (2) U-Net and text encoder together. They learn to draw the two objects of a caption, but
 not who stands where: steps and captions are too few. (3) The text encoder alone learns to read: its states

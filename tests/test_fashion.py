@@ -48,7 +48,9 @@ def test_embedded_images():
     # clothes fill the middle and leave the corners black
     assert images[..., 6:10, 6:10].mean() > 0 and images[..., :1, :1].mean() < -0.95
     both = torch.cat([images, reference]).flatten(1).unique(dim=0)
-    assert len(both) > 0.99 * (len(images) + len(reference))  # no test image was trained on
+    assert len(both) > 0.99 * (
+        len(images) + len(reference)
+    )  # no test image is among the training images here
 
 
 def test_sheet_shows_the_images_in_order():

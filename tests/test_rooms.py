@@ -163,7 +163,6 @@ def test_copied_functions_are_equal(function):
 COPIES_ELSEWHERE = [  # (file, file it is copied from, functions)
     ("molecules/graft_molecules", "graft", "accept _rank reshaped_reward implied_kl estimated_kl check_rule"),
     ("molecules/graft_molecules", "graft", "training_target"),
-    ("molecules/graft_molecules", "rewards", "load_function"),
     ("molecules/model", "common", "derived_seed"),
 ]
 

@@ -111,7 +111,7 @@ def stored_arguments(args_class, folder: str):
     types = typing.get_type_hints(args_class)
     try:
         values = json.loads(file.read_text(encoding="utf-8")) | {"resume": folder}
-        own = Path(sys.modules[args_class.__module__].__file__).stem
+        own = script_of(args_class)
         if values.pop("script", own) != own:  # older runs do not say
             raise ValueError(f"{own}.py did not begin it")
         for name, value in values.items():
@@ -124,6 +124,11 @@ def stored_arguments(args_class, folder: str):
         raise InputError(
             f"--resume {folder}: args.json is damaged or of another script ({error}); start a new run"
         ) from None
+
+
+def script_of(args_class) -> str:
+    """The name of the script that holds the class of its arguments."""
+    return Path(sys.modules[args_class.__module__].__file__).stem
 
 
 def has_device(name: str) -> bool:
@@ -247,7 +252,7 @@ def make_run_folder(args, script: str, model: str, seed: int, inputs: dict | Non
         lock(folder, "--resume" if args.resume else "--output")
         if not args.resume:
             check_output(str(folder), "")  # again: another process may have been faster
-            write_json(folder / "args.json", {"script": script} | dataclasses.asdict(args))
+            write_json(folder / "args.json", {"script": script_of(type(args))} | dataclasses.asdict(args))
         elif hasattr(args, LONGER):
             lengthen(folder, args)
     except OSError as error:
