@@ -361,3 +361,11 @@ def test_evaluations_are_the_scripts_own():
 
     assert evaluate.evaluate_graft is graft.evaluate and evaluate.evaluate_pgraft is pgraft.evaluate
     assert evaluate.evaluate_noise is noise_ppo.evaluate
+
+
+def test_a_model_without_guidance_refuses_it(finished, families, tmp_path):
+    run = shutil.copytree(finished["graft"], tmp_path / "run", ignore=shutil.ignore_patterns("*.pt"))
+    stored = read_json(run / "args.json") | {"model": families["schnell"]}
+    (run / "args.json").write_text(json.dumps(stored))
+    code, _, error = run_inside([str(run), "--guidance", "5"], "benchmarks/evaluate.py")
+    assert_one_line(code, error, "--guidance 5: FLUX.1 schnell takes no guidance; leave it out")

@@ -672,3 +672,18 @@ def test_bad_input(flags, named, tmp_path, monkeypatch):
 def test_stored_table_is_json(tmp_path):
     rows = [row(True, True, "a", True, 1.0, 1.0, 0.5)] * 40
     assert json.loads(json.dumps(results_table(rows, rows)))[0]["metric"] == "reward"
+
+
+def test_a_changed_reward_is_refused(tmp_path, monkeypatch):
+    """The reward's file belongs to the run; what it does to a molecule does not reach the run."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("def score(molecule):\n    molecule.SetProp('seen', 'yes')\n    return 1.0\n")
+    flags = "--device cpu --atoms 1 2 --groups_per_round 6 --samples 3 --steps 3 --updates 2 --batch 4"
+    flags += " --eval_molecules 20 --rounds 1 --rule none --reward own.py:score --output run"
+    code, _, error = run_inside(flags.split(), "molecules/graft_molecules.py")
+    assert code == 0, error
+    molecule = Chem.MolFromSmiles("CO")
+    assert read_reward("own.py:score")(molecule) == 1 and not molecule.HasProp("seen")
+    Path("own.py").write_text("def score(molecule):\n    return 2.0\n")
+    code, _, error = run_inside(["--resume", "run"], "molecules/graft_molecules.py")
+    assert_one_line(code, error, "--resume run: own.py was changed after the run began")

@@ -68,7 +68,8 @@ def test_run_folder(finished, tiny_v):
     folder, _ = finished
     files = {"args.json", "metrics.csv", "results.json", "curves.png", "grid.png", "checkpoint.pt", LORA_FILE}
     assert {p.name for p in folder.iterdir()} == files | {"tensorboard", "accepted", "inputs.json", ".lock"}
-    assert json.loads((folder / "args.json").read_text())["model"] == tiny_v
+    stored = json.loads((folder / "args.json").read_text())
+    assert stored["model"] == tiny_v and stored["script"] == "graft"
     rows = read_metrics(folder)
     assert [r["round"] for r in rows] == ["1", "2"] and [r["acceptance_rate"] for r in rows] == [
         "0.25",
