@@ -539,12 +539,10 @@ CORRECTION_ROWS = [  # label, arm of results/inc, row of its table, steps
 
 
 def correction_entries(arm: str, name: str, steps: int) -> list[dict]:
-    """The row of each run's table, with its "seconds" an image."""
-    entries = []
-    for record in [*runs(f"inc/{arm}"), *(runs("inc/default_again") if arm == "default" else [])]:
-        rows = zip(record["results"]["table"], record["results"]["seconds"]["per_image"])
-        entries += [row | {"seconds": s} for row, s in rows if (row["arm"], row["steps"]) == (name, steps)]
-    return entries
+    """The row of each run's table."""
+    records = [*runs(f"inc/{arm}"), *(runs("inc/default_again") if arm == "default" else [])]
+    rows = [row for record in records for row in record["results"]["table"]]
+    return [row for row in rows if (row["arm"], row["steps"]) == (name, steps)]
 
 
 def distance(arm: str, name: str, steps: int) -> str:
@@ -556,13 +554,15 @@ def distance(arm: str, name: str, steps: int) -> str:
 @part("correction")
 def correction() -> str:
     rows, corrector = [], correction_entries("default", "corrector", 8)
+    default = stored("inc/default_run")["results"]  # the only run whose times can be compared
+    times = zip(default["table"], default["seconds"]["per_image"])
+    timed = {(row["arm"], row["steps"], True): f"{1e3 * seconds:.1f}" for row, seconds in times}
     for label, arm, name, steps in CORRECTION_ROWS:
         entries = correction_entries(arm, name, steps)
         if len(entries) < len(corrector):  # of some rows of the base one seed was run: they are all the same
             entries = entries[:1] * len(corrector)
         gain = average([c["fd"] - entry["fd"] for c, entry in zip(corrector, entries, strict=True)])
-        seconds = np.mean([entry["seconds"] for entry in entries])
-        cost = [steps, f"{entries[0]['flops'] / 1e6:.0f}", f"{1e3 * seconds:.2f}"]
+        cost = [steps, f"{entries[0]['flops'] / 1e6:.0f}", timed.get((name, steps, arm == "default"), "")]
         rows.append([label, *cost, distance(arm, name, steps), "" if name == "corrector" else gain])
     floor = runs("inc/default")[0]["results"]["floor"]
     rows.append(["data against data (floor)", "", "", "", f"{floor:.2f}", ""])
