@@ -1,5 +1,6 @@
 """molecules/: judge, network, noise and target, de-duplication, table, data and training."""
 
+import csv
 import itertools
 import json
 import math
@@ -568,6 +569,7 @@ def package(tmp_path, monkeypatch):
 
 def test_qm9_is_read(package):
     data = train.load_data(package / "deep" / "qm9.npz")
+    assert csv.field_size_limit() == 131072  # as other readers of tables expect it
     assert data["place"].dtype == np.int16 and data["kind"].dtype == np.int8 and len(data["known"]) == 3
     x_0, count = train.molecules_of(data["place"], data["kind"])
     assert count.tolist() == [1, 2, 4] and x_0.shape == (3, ATOMS, 7)
