@@ -71,8 +71,7 @@ def with_family_defaults(args, **own_defaults):
     defaults = EMBEDDED_DEFAULTS if embedded else family.defaults
     for name, values in own_defaults.items():
         defaults = defaults | {name: values[0] if embedded else family_default(family, values)}
-    if not family.takes_guidance and getattr(args, "guidance", None) not in (None, 1):
-        raise InputError(f"--guidance {args.guidance:g}: {family.label} takes no guidance; leave it out")
+    check_guidance(family, getattr(args, "guidance", None))
     for side in ("height", "width"):
         pixels = getattr(args, side, None)
         if pixels and pixels % family.multiple:
@@ -80,6 +79,12 @@ def with_family_defaults(args, **own_defaults):
     return dataclasses.replace(
         args, **{n: value for n, value in defaults.items() if getattr(args, n, 0) is None}
     )
+
+
+def check_guidance(family, guidance: float | None) -> None:
+    """InputError for a guidance that the family does not take. None: it was left out."""
+    if not family.takes_guidance and guidance not in (None, 1):
+        raise InputError(f"--guidance {guidance:g}: {family.label} takes no guidance; leave it out")
 
 
 def check_device(device: str, dtype: str, prefix: str = "") -> str:

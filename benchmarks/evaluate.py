@@ -27,6 +27,8 @@ from common import (
     Device,
     Dtype,
     check_device,
+    check_guidance,
+    check_model,
     find_lora,
     load_model,
     read_switch,
@@ -128,6 +130,8 @@ def read_run(args):
     given = {name: value for name, value in asdict(args).items() if value is not None and name in stored}
     settings = SimpleNamespace(**stored | given | {"prompts": stored["prompts"]})
     settings.device = check_device(settings.device, settings.dtype)
+    if args.guidance is not None:
+        check_guidance(check_model(settings.model, settings.model_config), args.guidance)
     lora = settings.lora if method == "noise_ppo" else args.lora
     if method == "noise_ppo" and args.eta is not None:
         raise InputError(f"--eta {args.eta:g}: a noise policy is sampled without further noise; leave it out")
@@ -240,10 +244,6 @@ def main(args):
     settings, method = read_run(args)
     prompts, rewards = read_task(args, settings)
     model = load_model(settings)
-    if not model.family.takes_guidance and args.guidance not in (None, 1):
-        raise InputError(
-            f"--guidance {args.guidance:g}: {model.family.label} takes no guidance; leave it out"
-        )
     if lora := settings.lora if method == "noise_ppo" else args.run:
         model.load_lora(lora)
     policy = load_policy(args.run, model) if method == "noise_ppo" else None

@@ -15,12 +15,16 @@ FOLDER = Path(__file__).resolve().parent
 COLUMNS = 100  # images in a row of a sheet
 
 
+def as_tensor(levels: np.ndarray) -> torch.Tensor:
+    """Images (n, 16, 16) uint8 as (n, 1, 16, 16) float32 in [-1, 1]."""
+    return torch.from_numpy(levels.reshape(-1, *SHAPE)).float() / 127.5 - 1
+
+
 def read_sheet(file: Path) -> torch.Tensor:
     """The images of a sheet, (n, 1, 16, 16) float32 in [-1, 1]."""
     size = SHAPE[1]
     levels = np.array(Image.open(file))  # (rows * 16, columns * 16)
-    levels = levels.reshape(-1, size, levels.shape[1] // size, size).swapaxes(1, 2)
-    return torch.from_numpy(levels.reshape(-1, *SHAPE)).float() / 127.5 - 1
+    return as_tensor(levels.reshape(-1, size, levels.shape[1] // size, size).swapaxes(1, 2))
 
 
 def sheet(levels: np.ndarray) -> Image.Image:

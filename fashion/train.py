@@ -29,7 +29,7 @@ from PIL import Image
 
 from common import FLOW_NETWORKS, Device, Flow, check_device
 from fashion.features import FeatureNet
-from fashion.images import SHAPE, sheet
+from fashion.images import SHAPE, as_tensor, sheet
 from inverse_noise_correction import (
     add_data_noise,
     check_network,
@@ -115,11 +115,6 @@ def read_fashion(folder: Path, name: str) -> tuple[np.ndarray, torch.Tensor]:
     images = read_idx(folder, f"{FILES[name]}-images-idx3-ubyte")
     classes = read_idx(folder, f"{FILES[name]}-labels-idx1-ubyte")
     return np.stack([shrink(image) for image in images]), torch.from_numpy(classes.astype(np.int64))
-
-
-def as_tensor(levels: np.ndarray) -> torch.Tensor:
-    """Images (n, 16, 16) uint8 as (n, 1, 16, 16) in [-1, 1]."""
-    return torch.from_numpy(levels.reshape(-1, *SHAPE)).float() / 127.5 - 1
 
 
 def train_features(args: Args, images: torch.Tensor, classes: torch.Tensor) -> FeatureNet:
