@@ -661,6 +661,18 @@ def gpu() -> str:
     return f"{table(columns, rows)}\n\n{'. '.join(places.values())}."
 
 
+@part("processes")
+def processes() -> str:
+    result = stored("processes")
+    first = result["rows"][0]["seconds"]
+    rows = [
+        [row["processes"], row["threads"], f"{row['seconds']:.0f}", f"{first / row['seconds']:.2f}"]
+        for row in result["rows"]
+    ]
+    header = ["processes", "threads of each", "seconds of the default run", "times as fast"]
+    return f"{table(header, rows)}\n\nOn {result['hardware']}, torch {result['torch']}."
+
+
 @part("faults")
 def survived() -> str:
     return faults.table(stored("faults")["records"])
