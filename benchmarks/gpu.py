@@ -531,8 +531,13 @@ def guarded(check, *values) -> str:
 
 
 def check_float32(prompts: list[str], args, device: str) -> str:
-    """check_images in float32; of the largest families with few layers."""
-    return check_images(load_model(dataclasses.replace(args, dtype="float32")), prompts, args, device)
+    """check_images in float32, of the largest families with few layers. Convolutions are in float32 too: in
+    TF32, torch's default, they depend on the size of the batch."""
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        return check_images(load_model(dataclasses.replace(args, dtype="float32")), prompts, args, device)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 # ---------------------------------------------------------------- one family

@@ -642,17 +642,17 @@ def gpu() -> str:
     records, rows, places = stored("gpu"), [], {}
     for name, record in sorted(records.items(), key=lambda item: list(GPU_LABELS).index(item[0])):
         phases, settings = {phase["phase"]: phase for phase in record["phases"]}, record["settings"]
-        peaks = [
-            f"{phases[phase]['allocated']:.1f} ({phases[phase]['reserved']:.1f})"
-            for phase in ("load, encode prompts", "sample 1", "update 1", "stock pipeline call")
-        ]
-        trained = phases["update 1"]["per_second"] * settings["batch"]
+        peaks, ended = [], record["checks"].get("the measured run ends", "ok") == "ok"
+        for phase in ("load, encode prompts", "sample 1", "update 1", "stock pipeline call"):
+            peak = phases.get(phase)
+            peaks.append(f"{peak['allocated']:.1f} ({peak['reserved']:.1f})" if peak else "failed")
+        trained = f"{phases['update 1']['per_second'] * settings['batch']:.1f}" if ended else ""
         speeds = [f"{phases[phase]['per_second']:.1f}" for phase in ("sample 1", "stock pipeline call")]
         equal = record["checks"].get("our images = stock images, bfloat16", "not measured").partition(":")[0]
         wait = record["checks"].get("no wait inside the sampler's loop", "not measured").partition(":")[0]
         settings = f"{settings['sample_batch']}, {settings['micro_batch']}, {settings['steps']}"
         device = record["device"].removeprefix("NVIDIA ")
-        rows.append([GPU_LABELS[name], device, *peaks, settings, *speeds, f"{trained:.1f}", equal, wait])
+        rows.append([GPU_LABELS[name], device, *peaks, settings, *speeds, trained, equal, wait])
         rate = f"{record['matrix_rate_teraflops']:.0f} TFLOP/s of bfloat16 matrix products"
         places[device] = f"{record['device']}: torch {record['torch']}, {rate}"
     columns = ["", "on one", "load, encode", "sampling", "training", "stock call"]

@@ -140,6 +140,18 @@ def test_a_run_that_fails_keeps_what_was_measured(tmp_path, monkeypatch):
     )
 
 
+def test_attention_of_cudnn_is_off():
+    """Its backward pass ended FLUX's update."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    given = {"model": common.EMBEDDED, "model_config": "", "height": None, "width": None, "t5": False}
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        common.load_model(SimpleNamespace(device="cpu", dtype="float32", **given))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_bad_options(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for argv, named in (([], "no CUDA device found"), ("--device cpu --images 10".split(), "--images")):
