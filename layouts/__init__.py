@@ -1,1 +1,1 @@
-"""Molecules of QM9: a diffusion model of heavy atoms in space, its judge, and GRAFT on it."""
+"""Layouts of pages: a diffusion model of boxes with classes, its judge, and P-GRAFT on it."""
