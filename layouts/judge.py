@@ -61,8 +61,8 @@ def overlap(boxes: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
 
 
 class FeatureNet(nn.Module):
-    """64 features of a page: (boxes (n, rows, 4), kind (n, rows)) -> (n, 64). The order of boxes and gaps do
-    not matter."""
+    """64 features of a page with at least one box: (boxes (n, rows, 4), kind (n, rows)) -> (n, 64). The order
+    of boxes and gaps do not matter."""
 
     def __init__(self, layers: int = 3):
         super().__init__()

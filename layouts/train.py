@@ -281,6 +281,8 @@ def train_features(boxes: torch.Tensor, kind: torch.Tensor, args: Args) -> Featu
 
 def main(args: Args) -> None:
     args.device = check_device(args.device)
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     for name in FILES:
         if (args.out / name).exists():
             raise InputError(f"{args.out / name} exists: remove it or choose another --out")
