@@ -165,7 +165,7 @@ TABLE = {
         ("mine - other", "other - mine"),
         ("2 * noise + 0.005", "noise + 0.005"),
     ],
-    ("layouts/model.py", "Layer.forward", f"{LAYOUTS} -k 'equivariant or gaps or each or bias'"): [
+    ("layouts/model.py", "Layer.forward", f"{LAYOUTS} -k 'equivariant or gaps or layer or bias'"): [
         (" + gaps", ""),
         (" + self.bias(pairs).permute(0, 3, 1, 2)", ""),
         ('"bhij,bijp->bihp"', '"bhij,bjip->bihp"'),
@@ -182,7 +182,7 @@ TABLE = {
     ],
     ("layouts/judge.py", "overlap", f"{PAGE_JUDGE} -k 'grid or overlap or gaps'"): [
         ("inner.clamp(min=0)", "inner"),
-        ("area = boxes[..., 2:].prod(2).unsqueeze(2)", "area = boxes[..., 2:].prod(2).unsqueeze(1)"),
+        ("(share * others).sum", "share.sum"),
         ("there.unsqueeze(2) * there.unsqueeze(1) *", ""),
     ],
     ("layouts/judge.py", "frechet_distance", f"{PAGE_JUDGE} -k frechet"): [("2 * cross", "cross")],
