@@ -55,7 +55,25 @@ REWARDS, MODELS, DDPO = "tests/test_rewards.py", "tests/test_reward_models.py", 
 FOLDERS, OCR = "tests/test_model_folders.py", "tests/test_ocr.py"
 TWO_STEPS = f"{PIPELINE} -k 'test_sample_equals_stock_pipeline and 4'"
 MOLECULES = "tests/test_molecules.py"
-CHEAP_FIRST = (EQUATIONS, MOLECULES, REWARDS, OCR, DDPO, PIPELINE, INVERSE, NOISE, PGRAFT, MODELS, FOLDERS)
+LAYOUTS, PAGE_JUDGE = "tests/test_layouts.py", "tests/test_layouts_judge.py"
+PAGE_TRAINING, PAGE_LOOP = "tests/test_layouts_train.py", "tests/test_loop_layouts.py"
+CHEAP_FIRST = (
+    EQUATIONS,
+    MOLECULES,
+    LAYOUTS,
+    PAGE_JUDGE,
+    PAGE_TRAINING,
+    PAGE_LOOP,
+    REWARDS,
+    OCR,
+    DDPO,
+    PIPELINE,
+    INVERSE,
+    NOISE,
+    PGRAFT,
+    MODELS,
+    FOLDERS,
+)
 CHEAP_FIRST += (FAMILIES, RUN, TORCHRUN)
 
 # {(file, function, test file and -k): [(old, new)]}; `old` stands once in the function. The blocks that
@@ -136,6 +154,90 @@ TABLE = {
     ("molecules/train.py", "molecules_of", f"{MOLECULES} -k qm9"): [
         ("(1000 * SCALE)", "1000"),
         ("HALF * one_hot", "one_hot"),
+    ],
+    # ------------------------------------------------------------ layouts
+    ("layouts/model.py", "boxes_of", f"{LAYOUTS} -k back"): [
+        (".clamp(min=0)", ""),
+        ("* mask", ""),
+    ],
+    ("layouts/model.py", "differences", f"{LAYOUTS} -k differences"): [
+        (".flip(-1)", ""),
+        ("mine - other", "other - mine"),
+        ("2 * noise + 0.005", "noise + 0.005"),
+    ],
+    ("layouts/model.py", "Layer.forward", f"{LAYOUTS} -k 'equivariant or gaps or layer or bias'"): [
+        (" + gaps", ""),
+        (" + self.bias(pairs).permute(0, 3, 1, 2)", ""),
+        ('"bhij,bijp->bihp"', '"bhij,bjip->bihp"'),
+    ],
+    ("layouts/model.py", "Network.forward", f"{LAYOUTS} -k 'gaps or depends'"): [
+        ("* seen.unsqueeze(1)", ""),
+        ("self.out(self.norm(states)) * mask", "self.out(self.norm(states))"),
+        ("(BOXES + 1) * torch.arange", "0 * torch.arange"),
+    ],
+    ("layouts/judge.py", "alignment", f"{PAGE_JUDGE} -k 'grid or hand or gaps or one_box'"): [
+        (" | torch.eye", " & torch.eye"),
+        ("masked_fill(alone, 0)", "masked_fill(kind < 0, 0)"),
+        ("-least.clamp", "least.clamp"),
+    ],
+    ("layouts/judge.py", "overlap", f"{PAGE_JUDGE} -k 'grid or overlap or gaps'"): [
+        ("inner.clamp(min=0)", "inner"),
+        ("(share * others).sum", "share.sum"),
+        ("there.unsqueeze(2) * there.unsqueeze(1) *", ""),
+    ],
+    ("layouts/judge.py", "frechet_distance", f"{PAGE_JUDGE} -k frechet"): [("2 * cross", "cross")],
+    ("layouts/train.py", "shaken", f"{PAGE_TRAINING} -k whole"): [
+        ("scale[..., i - 2 : i - 1]", "scale[..., :1]"),
+        ("change[:, None, 2:]", "change[:, None, :2]"),
+    ],
+    ("layouts/train.py", "split", f"{PAGE_TRAINING} -k whole"): [
+        ('np.unique(data["group"])', 'np.unique(data["group"])[:2]'),
+    ],
+    ("layouts/train.py", "train", f"{PAGE_TRAINING} -k training_by_hand"): [
+        (">= BLIND", "< BLIND"),
+        ("1 - decay)", "decay)"),
+    ],
+    ("layouts/pgraft_layouts.py", "shaped_target", f"{LAYOUTS} -k target"): [
+        ("sigma_t * a / (b * alpha_s)", "sigma_t / (b * alpha_s)"),
+        ("(a * sigma_s) ** 2", "sigma_s**2"),
+        ("(b / sigma_t) ** 2", "b / sigma_t"),
+    ],
+    ("layouts/pgraft_layouts.py", "denoising_loss", f"{LAYOUTS} -k loss"): [
+        ("noise * mask", "noise"),
+        ("weight * (model", "(model"),
+        ("counts.sum() * x_s.shape[2]", "x_s.numel()"),
+    ],
+    ("layouts/pgraft_layouts.py", "denoise", f"{LAYOUTS} -k 'sampler or switch'"): [
+        ("std * noise[k] * mask", "std * noise[k]"),
+        ("alpha * prediction + sigma * x", "alpha * prediction - sigma * x"),
+    ],
+    ("layouts/pgraft_layouts.py", "sample", f"{LAYOUTS} -k switch"): [
+        ("noise[switch_at + 1 :]", "noise[switch_at:]"),
+        ("model.lora_merged() if tuned", "model.lora_merged() if not tuned"),
+        ("    with model.lora_off():\n        x_0", "    with model.lora_merged():\n        x_0"),
+    ],
+    ("layouts/pgraft_layouts.py", "probe", f"{LAYOUTS} -k probe_by_hand"): [
+        ("derived_seed(seed, step, j)", "derived_seed(seed, step, 0)"),
+        ("noise[before + 1 : step + 1]", "noise[before:step]"),
+    ],
+    ("layouts/pgraft_layouts.py", "statistics", f"{LAYOUTS} -k statistics"): [
+        (".clamp(0, 1)).prod", ".clamp(-9, 9)).prod"),
+        ("mask.sum(1)", "mask.shape[1]"),
+        (".mean(0) / 256", ".sum(0) / 256"),
+    ],
+    ("layouts/pgraft_layouts.py", "results_table", f"{LAYOUTS} -k table"): [
+        ("kept.repeat_interleave(ROW)", "kept.repeat(ROW)"),
+        ("(BLOCKS - 1) * values.var()", "values.var()"),
+    ],
+    ("layouts/pgraft_layouts.py", "main", f"{PAGE_LOOP} -k 'states or clean_pages'"): [
+        ("switch + (1 - switch) * (1 - t)", "1 - t"),
+        ('if args.data == "xs" else (1.0, 0.0)', 'if args.data != "xs" else (1.0, 0.0)'),
+        ('"x_s" if args.data == "xs" else "x_0"', '"x_0" if args.data == "xs" else "x_s"'),
+        ("args.lr * (1 - update / args.updates)", "args.lr"),
+        ('args.reference == "newest" and r > 0', "r > 0"),
+        ('else state["accepted"][-1:]', 'else state["accepted"]'),
+        ("loss * counts[part].sum() / counts.sum()", "loss * counts[part].sum()"),
+        ("[*grid, 0][switch_at]", "grid[switch_at - 1]"),
     ],
     # ------------------------------------------------------------ GRAFT
     ("graft.py", "accept", f"{EQUATIONS} -k 'topk or quantiles'"): [

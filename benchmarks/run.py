@@ -19,11 +19,11 @@ A call is one forward pass of the model for one image. A training step counts 3:
 two forward ones. Evaluations are not counted. The seconds of the curve include them, but not the loading of
 the model.
 
-Folders: "graft", "pgraft", "noise_ppo", "inc" and "molecules" hold the experiments of one script each.
-"compare" has all methods with a reward at about one budget of calls, and DDPO far beyond it. The settings of
-GRAFT and DDPO in "compare" were chosen from "tuning". The arms "valid_...", "guidance3_..." and all of
-"tuning" hold out prompts_valid.txt, a part of the training prompts, because settings may be chosen on these
-only.
+Folders: "graft", "pgraft", "noise_ppo", "inc", "molecules" and "layouts" hold the experiments of one script
+each. "compare" has all methods with a reward at about one budget of calls, and DDPO far beyond it. The
+settings of GRAFT and DDPO in "compare" were chosen from "tuning". The arms "valid_...", "guidance3_..." and
+all of "tuning" hold out prompts_valid.txt, a part of the training prompts, because settings may be chosen on
+these only.
 """
 
 import argparse
@@ -212,12 +212,31 @@ MOLECULES = {
     "default": Arm("molecules/graft_molecules.py --eval_every 0", seeds=(0,), figures=("grid.png",)),
 }
 
+# ---------------------------------------------------------------- layouts
+# Of the 20 steps, 18, 16 and 12 start above the levels 0.01, 0.04 and 0.16. The runs are short.
+
+LAYOUT_LEVELS = ("0.01", "0.04", "0.16")
+SMALL = "layouts/pgraft_layouts.py --rounds 2 --groups_per_round 100 --updates 100 --batch 48"
+SMALL = f"{SMALL} --eval_every 0 --eval_pages 800"
+LAYOUTS = {
+    "probe": Arm(
+        "layouts/pgraft_layouts.py --probe --probe_groups 128",
+        seeds=(0,),
+        figures=("probe.png",),
+        rows="probe.csv",
+    ),
+    "graft": Arm(f"{SMALL} --switch 0", figures=("grid.png",)),
+    "none": Arm(f"{SMALL} --switch 0 --rule none"),
+    **{f"pgraft_{level}": Arm(f"{SMALL} --switch {level}") for level in LAYOUT_LEVELS},
+}
+
 ARMS = {
     "graft": GRAFT,
     "pgraft": PGRAFT,
     "noise_ppo": NOISE_PPO,
     "inc": INC,
     "molecules": MOLECULES,
+    "layouts": LAYOUTS,
     "compare": COMPARE,
     "tuning": TUNING,
 }
@@ -229,6 +248,7 @@ QUICK = {  # flags that make a run short
     "inverse_noise_correction.py": "--images 400 --updates 50 --eval_images 200 --no-longer",
     "benchmarks/ddpo.py": "--rounds 2 --eval_samples 2",
     "molecules/graft_molecules.py": "--rounds 1 --updates 20 --eval_molecules 100",
+    "layouts/pgraft_layouts.py": "--rounds 1 --updates 20 --eval_pages 80 --probe_groups 8",
 }
 
 

@@ -25,7 +25,7 @@ import faults
 import flow_steps
 from graft import Args as GraftArgs
 from noise_ppo import Args as NoiseArgs
-from run import ARMS, RESULTS, ROOT, load
+from run import ARMS, LAYOUT_LEVELS, RESULTS, ROOT, load
 from shapes.render import PROMPT_FILES
 from shapes.train import CAPTIONS
 from utils.figures import Figure, save_figure
@@ -848,6 +848,48 @@ def molecules_by_round() -> str:
 @part("molecules default")
 def molecules_default() -> str:
     return molecules_table({"default": "tuned"})
+
+
+# ---------------------------------------------------------------- layouts
+
+PAGE_MEASURES = {  # of layouts/pgraft_layouts.py: column
+    "reward": "reward",
+    "alignment": "alignment",
+    "overlap": "overlap",
+    "frechet": "Fréchet",
+    "classes": "classes",
+    "coverage": "coverage",
+    "box_area": "box area",
+    "diversity": "diversity",
+}
+
+
+def layout_levels() -> dict[str, str]:
+    """{level: V(t) ± standard error as a cell} of the probe."""
+    rows = runs("layouts/probe")[0]["metrics"]
+    return {f"{row['switch']:g}": f"{row['unresolved']:.2f} ± {row['se']:.2f}" for row in rows}
+
+
+@part("layouts probe")
+def layouts_probe() -> str:
+    levels = layout_levels()
+    return table(["level", *levels], [["V(t)", *levels.values()]])
+
+
+@part("layouts")
+def layouts() -> str:
+    shares, first = layout_levels(), runs("layouts/graft")[:1]
+    real = first[0]["results"]["real"]
+    lines = [["held-out pages", "", *(f"{real[name]:.3f}" if name in real else "" for name in PAGE_MEASURES)]]
+    lines.append(["base", "", *final(first, PAGE_MEASURES, "base")])
+    lines.append(["GRAFT, `--switch 0`", "0", *final(runs("layouts/graft"), PAGE_MEASURES)])
+    for level in LAYOUT_LEVELS:
+        records = runs(f"layouts/pgraft_{level}")
+        label = one_seed(f"P-GRAFT, `--switch {level}`", records)
+        lines.append([label, shares[level], *final(records, PAGE_MEASURES)])
+    label = "control: no selection, `--switch 0 --rule none`"
+    lines.append([label, "0", *final(runs("layouts/none"), PAGE_MEASURES)])
+    return table(["", "V(t)", *PAGE_MEASURES.values()], lines)
 
 
 # ---------------------------------------------------------------- the pages

@@ -15,6 +15,7 @@ import noise_ppo
 import pgraft
 import run
 from conftest import ROOT, arguments_for, run_inside
+from layouts import pgraft_layouts
 from molecules import graft_molecules
 from run import ARMS, Arm, Options
 from utils.runs import parse_arguments
@@ -26,6 +27,7 @@ ARGS = {
     "inverse_noise_correction.py": inverse_noise_correction.Args,
     "benchmarks/ddpo.py": ddpo.Args,
     "molecules/graft_molecules.py": graft_molecules.Args,
+    "layouts/pgraft_layouts.py": pgraft_layouts.Args,
 }
 FLAGS = {
     "graft.py": "",

@@ -22,6 +22,7 @@ import noise_ppo
 import pgraft
 import tables
 from conftest import PROMPTS, ROOT, randomise, stock_pipeline, with_lora
+from layouts.pgraft_layouts import read_reward as read_layout_reward
 from molecules.graft_molecules import read_reward
 from rewards import read_rewards
 from utils.prompts import read_prompt_sets
@@ -211,7 +212,7 @@ def test_flags_exist():
     fields = {flag for script in METHODS for flag in flags_of(script)} | {"--help", "--dist"}
     actions = torch.distributed.run.get_args_parser()._actions
     fields |= {flag for action in actions for flag in action.option_strings}
-    rooms = ("benchmarks", "shapes", "fashion", "molecules")
+    rooms = ("benchmarks", "shapes", "fashion", "molecules", "layouts")
     files = [file for room in rooms for file in (ROOT / room).glob("*.py")]
     others = "".join(file.read_text(encoding="utf-8") for file in files)
     for page, spans in SPANS.items():
@@ -368,8 +369,8 @@ def lora(tiny_v, models, tmp_path_factory):
 
 def test_every_python_block_is_run_here():
     run_here = ("my_reward.py", "load_lora_weights", "base_from_the_switch_on", "NoisePolicy.load")
-    run_here += ("policy.safetensors", "Corrector", "kohya", "my_property.py")
-    assert [sum(name in code for name in run_here) for _, code in PYTHON] == [1] * 10
+    run_here += ("policy.safetensors", "Corrector", "kohya", "my_property.py", "my_layout.py")
+    assert [sum(name in code for name in run_here) for _, code in PYTHON] == [1] * 11
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/rewards.md"])
@@ -384,6 +385,13 @@ def test_reward_of_a_molecule(tmp_path):
     (tmp_path / "my_property.py").write_text(block("docs/molecules.md", "my_property.py"))
     rings = read_reward(f"{tmp_path}/my_property.py:rings")
     assert [rings(Chem.MolFromSmiles(smiles)) for smiles in ("CC", "C1CC1", "C1CC12CC2")] == [0, 1, 2]
+
+
+def test_reward_of_a_page(tmp_path):
+    (tmp_path / "my_layout.py").write_text(block("docs/layouts.md", "my_layout.py"))
+    reward = read_layout_reward(f"{tmp_path}/my_layout.py:figures_on_top")
+    boxes = torch.tensor([[[0.5, 0.25, 0.5, 0.25], [0.5, 0.75, 1.0, 0.5]]]).expand(2, 2, 4)
+    assert reward(boxes, torch.tensor([[1, 3], [0, 1]])).tolist() == [-0.5, 0]
 
 
 def test_lora(lora, tiny_v, tmp_path, monkeypatch):

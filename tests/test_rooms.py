@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 METHODS = ("graft", "pgraft", "noise_ppo", "inverse_noise_correction")
-ROOMS = ("utils", "shapes", "fashion", "molecules", "benchmarks", "tests")
+ROOMS = ("utils", "shapes", "fashion", "molecules", "layouts", "benchmarks", "tests")
 FILES = {  # name, as in "utils/runs": path
     path.relative_to(ROOT).with_suffix("").as_posix(): path
     for path in sorted([*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).glob("*.py"))])
@@ -33,8 +33,12 @@ MAY_IMPORT = {  # file or room: the files and rooms that it may import
     "molecules/model": {"utils"},
     "molecules/judge": {"molecules/model"},
     "molecules": {"utils", "molecules"},
+    "layouts/model": {"utils"},
+    "layouts/judge": {"layouts/model"},
+    "layouts/pdf": {"layouts/model"},
+    "layouts": {"utils", "layouts"},
     "benchmarks": BASICS | {"shapes", "molecules", *METHODS, "benchmarks"},
-    "tests": BASICS | {"shapes", "fashion", "molecules", *METHODS, "benchmarks", "tests"},
+    "tests": BASICS | {"shapes", "fashion", "molecules", "layouts", *METHODS, "benchmarks", "tests"},
 }
 
 
@@ -116,7 +120,7 @@ def users_of_utils():
     """{file:function of utils: scripts that use it, themselves or through another function of utils}."""
     users = {key: set() for key in UTILS}
     for name in FILES:
-        rooms = ("shapes", "fashion", "molecules", "benchmarks")
+        rooms = ("shapes", "fashion", "molecules", "layouts", "benchmarks")
         scripts = {name} if name in METHODS or room(name) in rooms else set()
         scripts |= set(METHODS) if name in ("common", "rewards") else set()  # they serve all scripts
         for module, part, _ in imports(name):
@@ -164,6 +168,10 @@ COPIES_ELSEWHERE = [  # (file, file it is copied from, functions)
     ("molecules/graft_molecules", "graft", "accept _rank reshaped_reward implied_kl estimated_kl check_rule"),
     ("molecules/graft_molecules", "graft", "training_target"),
     ("molecules/model", "common", "derived_seed"),
+    ("layouts/pgraft_layouts", "pgraft", "accept _rank reshaped_reward implied_kl estimated_kl check_rule"),
+    ("layouts/pgraft_layouts", "pgraft", "unresolved_share switch_step print_round"),
+    ("layouts/model", "common", "derived_seed"),
+    ("layouts/model", "molecules/model", "check_device check_finite"),
 ]
 
 
@@ -177,9 +185,9 @@ def test_copied_rules_are_equal():
     for constant in ("Rule = ", "RANKING = "):
         lines = [
             [line for line in FILES[name].read_text().splitlines() if line.startswith(constant)]
-            for name in ("graft", "pgraft", "molecules/graft_molecules")
+            for name in ("graft", "pgraft", "molecules/graft_molecules", "layouts/pgraft_layouts")
         ]
-        assert len(lines[0]) == 1 and lines[0] == lines[1] == lines[2]
+        assert len(lines[0]) == 1 and all(line == lines[0] for line in lines)
 
 
 def fields(name):
@@ -227,7 +235,7 @@ def test_shared_checks_of_settings_are_equal():
 
 
 PACKAGES = {"PIL": "pillow"}  # imported under another name
-OPTIONAL = {"torch_fidelity", "rapidocr"}  # the script that wants it says so
+OPTIONAL = {"torch_fidelity", "rapidocr", "pymupdf"}  # the script that wants it says so
 
 
 @pytest.mark.parametrize("name", FILES)

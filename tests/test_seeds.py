@@ -5,8 +5,8 @@ first) and fills up to four words with zeros. So two keys give one seed if and o
 but for chance (2^-63 a pair). `collision` says whether two kinds of key can have the same words, for all
 values that the settings allow. Of the keys that meet in a run there is one such pair, and it is harmless:
   - With --seed 1702257004, the number of the text "eval", training image (r, i, 0) has the noise of
-    evaluation image (r, i), which is of another prompt; training molecule (r, 0, 0) has the noise of
-    evaluation molecule r. No other of the 2^63 seeds does that.
+    evaluation image (r, i), which is of another prompt; training molecule or page (r, 0, 0) has that of
+    evaluation molecule or page r. No other of the 2^63 seeds does that.
 Chance counts for more in torch, whose CPU generator reads 32 of the 63 bits: among the 31,608 images and
 updates of a run of noise_ppo.py, two share their noise with a probability of 11 %. With seed 0 these are
 images (24, 155, 5) and (25, 174, 3), of two prompts and iterations.
@@ -22,12 +22,14 @@ import torch
 
 import graft
 import inverse_noise_correction
+import layouts.model
 import molecules.model
 import noise_ppo
 import pgraft
 from common import derived_seed
 from conftest import ROOT, arguments_for, run_inside
 from ddpo import Args as DdpoArgs
+from layouts import pgraft_layouts
 from molecules import graft_molecules
 from utils.runs import InputError
 
@@ -80,6 +82,22 @@ CALLS = {
         "args.seed, 'accept', r": ["SEED accept round"],
         "args.seed, 'update', r": ["SEED update round"],
     },
+    "layouts/pgraft_layouts": {
+        "args.seed, 'probe', i, j": ["SEED probe group sample"],
+        "seed, step, j": ["HASH step sample"],  # of the derived seed of a multiset of the probe
+        "'eval', i": ["eval page"],
+        "args.seed, 'probe'": ["SEED probe"],
+        "args.seed, 'groups', r": ["SEED groups round"],
+        "args.seed, r, i, j": ["SEED round group sample"],
+        "args.seed, 'accept', r": ["SEED accept round"],
+        "args.seed, 'update', r": ["SEED update round"],
+    },
+    "layouts/train": {
+        "seed, 'split'": ["SEED split"],
+        "args.seed, 'train'": ["SEED train"],
+        "args.seed, 'features'": ["SEED features"],
+        "'check', j": ["check page"],
+    },
     "molecules/train": {
         "args.seed, 'train'": ["SEED train"],
         "args.seed, 'check'": ["SEED check"],
@@ -98,6 +116,8 @@ RUNS = {  # script: the kinds of key that meet in one of its runs
     "fashion/train": ["SEED feature_network image", "SEED flow image", "split", "data_noise train"],
     "molecules/graft_molecules": sum(CALLS["molecules/graft_molecules"].values(), []),
     "molecules/train": sum(CALLS["molecules/train"].values(), []),
+    "layouts/pgraft_layouts": sum(CALLS["layouts/pgraft_layouts"].values(), []),
+    "layouts/train": sum(CALLS["layouts/train"].values(), []),
 }
 NUMBERS = {  # part of a key: its least and largest value; every one is a word of 32 bits
     "round": (0, 10**5),  # round, iteration; order of the prompts
@@ -106,10 +126,11 @@ NUMBERS = {  # part of a key: its least and largest value; every one is a word o
     "step": (1, 999),
     "image": (0, 10**9),  # image, update
     "molecule": (0, 10**6),
+    "page": (0, 10**6),
     "group": (0, 10**6),
 }
 # Keys that begin alike and differ in length. The longer one has more than four words.
-UNEVEN = {("SEED probe", "SEED probe prompt sample")}
+UNEVEN = {("SEED probe", "SEED probe prompt sample"), ("SEED probe", "SEED probe group sample")}
 
 
 def calls_in(file):
@@ -120,7 +141,7 @@ def calls_in(file):
 
 
 def test_every_call_is_in_the_table():
-    rooms = (".", "utils", "shapes", "molecules", "benchmarks")
+    rooms = (".", "utils", "shapes", "molecules", "layouts", "benchmarks")
     files = [file for room in rooms for file in (ROOT / room).glob("*.py")]
     found = {file.relative_to(ROOT).with_suffix("").as_posix(): calls_in(file) for file in files}
     assert {name: calls for name, calls in found.items() if calls} == {n: set(c) for n, c in CALLS.items()}
@@ -140,6 +161,9 @@ def test_numbers_are_in_their_ranges():
     most += [(cls, "eval_samples", 10**4) for cls in (graft.Args, pgraft.Args, noise_ppo.Args, DdpoArgs)]
     most += [(graft_molecules.Args, "rounds", 10**4), (graft_molecules.Args, "eval_molecules", 10**6)]
     most += [(graft_molecules.Args, "groups_per_round", 10**6), (graft_molecules.Args, "samples", 10**4)]
+    pages = pgraft_layouts.Args
+    most += [(pages, "rounds", 10**4), (pages, "samples", 10**4), (pages, "probe_restarts", 10**4)]
+    most += [(pages, "groups_per_round", 10**6), (pages, "probe_groups", 10**6), (pages, "steps", 999)]
     most += [(noise_ppo.Args, "iterations", 10**5), (noise_ppo.Args, "samples", 10**4)]
     most += [(pgraft.Args, "probe_restarts", 10**4), (graft.Args, "steps", 999), (pgraft.Args, "steps", 999)]
     most += [(inc, "updates", 10**9), (inc, "images", 10**7), (inc, "eval_images", 10**6)]
@@ -232,6 +256,7 @@ def test_no_two_keys_of_a_run_collide():
     assert found == {
         ("eval prompt sample", "SEED round prompt sample"): [(script, unlucky) for script in tuned],
         ("eval molecule", "SEED round group sample"): [("molecules/graft_molecules", unlucky)],
+        ("eval page", "SEED round group sample"): [("layouts/pgraft_layouts", unlucky)],
     }
     assert derived_seed(1702257004, 2, 3, 0) == derived_seed("eval", 2, 3)
     assert derived_seed(0, "flow") == derived_seed(0, "flow", 0)
@@ -266,6 +291,8 @@ FLAGS = {
     " --corrector_network token:8 --checkpoint_every 2 --tolerance 1 --sample_batch 20"
     " --eval_steps 3 --eval_corrector_steps 2",
     "benchmarks/ddpo": "--rounds 3 --epochs 2",
+    "layouts/pgraft_layouts": "--device cpu --rounds 3 --groups_per_round 6 --samples 3 --steps 3 --updates 2"
+    " --batch 4 --eval_pages 80 --probe_groups 3 --probe_restarts 2",
     "molecules/graft_molecules": "--device cpu --rounds 3 --atoms 1 2 --groups_per_round 6 --samples 3"
     " --steps 3 --updates 2 --batch 4 --eval_molecules 20",
 }
@@ -299,7 +326,7 @@ def seeds(monkeypatch):
         seen["generators"].append((seed, running()))
         return default_rng(seed)
 
-    copies = (derived_seed, molecules.model.derived_seed)
+    copies = (derived_seed, molecules.model.derived_seed, layouts.model.derived_seed)
     for module in [
         module for module in sys.modules.values() if getattr(module, "derived_seed", None) in copies
     ]:
@@ -333,7 +360,8 @@ def test_no_noise_is_drawn_twice(script, seeds, tiny_arguments, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     args_class = {"noise_ppo": noise_ppo.Args, "benchmarks/ddpo": DdpoArgs, "pgraft": pgraft.Args}
     argv = arguments_for(args_class.get(script, graft.Args), tiny_arguments)
-    others = ("inverse_noise_correction", "molecules/graft_molecules")  # with no pipeline
+    # with no pipeline
+    others = ("inverse_noise_correction", "molecules/graft_molecules", "layouts/pgraft_layouts")
     argv = ([] if script in others else argv) + FLAGS[script].split()
     code, _, error = run_inside([*argv, "--seed", str(SEED), "--output", "run"], f"{script}.py")
     assert code == 0, error
