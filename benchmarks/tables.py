@@ -25,7 +25,7 @@ import faults
 import flow_steps
 from graft import Args as GraftArgs
 from noise_ppo import Args as NoiseArgs
-from run import ARMS, RESULTS, ROOT, load
+from run import ARMS, RESULTS, ROOT, chosen, load
 from shapes.render import PROMPT_FILES
 from shapes.train import CAPTIONS
 from utils.figures import Figure, save_figure
@@ -765,12 +765,12 @@ def tuning() -> str:
     return table(["tried on validation prompts", "images", "calls (thousands)", "strict"], rows)
 
 
-def comparison_figure() -> tuple[Figure, list]:
-    """Held-out reward against images sampled and against seconds, with its standard error; the data."""
+def curves_figure(arms: dict[str, tuple], x_labels: dict[str, str], columns: int) -> tuple[Figure, list]:
+    """Held-out reward against costs, with its standard error; the data. arms: of "compare", {arm: (label,
+    line)}; x_labels: {cost: label}, a panel each; columns: of the legend."""
     figure, data = Figure(figsize=(9, 3.6), layout="constrained"), []
-    x_labels = {"images": "images sampled and scored", "seconds": "seconds on one CPU thread"}
     for axis, (cost, x_label) in zip(figure.subplots(1, 2, sharey=True), x_labels.items()):
-        for arm, (label, style) in COMPARED.items():
+        for arm, (label, style) in arms.items():
             x = mean_curve(arm)[cost]
             y = np.array([[point["reward"] for point in r["curve"]] for r in runs(f"compare/{arm}")])
             mean, error = y.mean(0), y.std(0, ddof=1) / len(y) ** 0.5
@@ -784,7 +784,163 @@ def comparison_figure() -> tuple[Figure, list]:
         axis.minorticks_off()
     figure.axes[0].set_ylabel("held-out strict reward")
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=7)
+    return figure, data
+
+
+def comparison_figure() -> tuple[Figure, list]:
+    """All methods: reward against images sampled and against seconds."""
+    x_labels = {"images": "images sampled and scored", "seconds": "seconds on one CPU thread"}
+    return curves_figure(COMPARED, x_labels, 4)
+
+
+# ---------------------------------------------------------------- the strongest rivals
+
+RIVALS = {  # label: arm at GRAFT's number of images, arm with twice as many, line in the figure
+    "control: GRAFT without selection": ("none", "none_twice", "k:"),
+    "GRAFT": ("graft", "graft_twice", "C0o-"),
+    "P-GRAFT, base from level 0.2 on": ("pgraft", "pgraft_twice", "C1s-"),
+    "DiffusionNFT": ("nft", "nft_twice", "C5P-"),
+    "AWM": ("awm", "awm_twice", "C6X-"),
+}
+
+
+def rival_row(label: str, arm: str) -> list[str]:
+    """A row of the table: costs, then every metric."""
+    records = runs(f"compare/{arm}")
+    gpu = "" if all("CPU" in r["hardware"] for r in records) else " (GPU)"
+    cost = [f"{records[0]['calls'] / 1000:.0f}", f"{seconds_of(records)}{gpu}"]
+    return [f"{label} ({len(records)})", *cost, *final(records)]
+
+
+def paired_gain(arm: str, other: str) -> str:
+    """Strict of an arm minus that of another, with the standard error over the seeds that both have."""
+    ends = [
+        {r["seed"]: final([r], ["shapes_strict"])[0] for r in runs(f"compare/{name}")}
+        for name in (arm, other)
+    ]
+    seeds = ends[0].keys() & ends[1].keys()
+    return average([float(ends[0][seed]) - float(ends[1][seed]) for seed in sorted(seeds)])
+
+
+def settings_of(command: str) -> str:
+    """The flags of a command as code, without seed and evaluation; "defaults" if no other is left."""
+    flags = re.findall(r"--(\w+) (\S+)", command)
+    kept = [f"--{name} {value}" for name, value in flags if name not in ("seed", "eval_every")]
+    return f"`{' '.join(kept)}`" if kept else "defaults"
+
+
+@part("rivals")
+def rivals() -> str:
+    base = ["base", "", "", *final(runs("compare/graft")[:1], column="base")]
+    further = {arm: COMPARED[arm][0] for arm in ("graft_tuned", "ddpo", "ddpo_steady")}  # of twice the images
+    parts, gains = [], []
+    for place, own in enumerate(("graft", "graft_twice")):
+        rows = [rival_row(label, arms[place]) for label, arms in RIVALS.items()]
+        rows += [rival_row(label, arm) for arm, label in further.items()] if place else []
+        count = f"{runs(f'compare/{own}')[0]['images']:,} images"
+        parts.append(table([count, "calls (thousands)", "seconds", *METRICS.values()], [base, *rows]))
+        pairs = [f"{name} {paired_gain(RIVALS[name][place], own)}" for name in ("DiffusionNFT", "AWM")]
+        gains.append(f"{', '.join(pairs)} at {count}")
+    nft, awm = (settings_of(runs(f"compare/{arm}")[0]["command"]) for arm in ("nft", "awm"))
+    parts.append(f"""Strict minus GRAFT's, paired over seeds: {"; ".join(gains)}.
+Settings of DiffusionNFT: {nft}; of AWM: {awm}.""")
+    return "\n\n".join(parts)
+
+
+@part("chosen rivals")
+def chosen_rivals() -> str:
+    names = [f"`{chosen(method).replace('_', ' ')}`" for method in ("nft", "awm")]
+    return f"Chosen by this rule: {' and '.join(names)}."
+
+
+def rivals_figure() -> tuple[Figure, list]:
+    """The rivals beside GRAFT: reward against images sampled and against model calls."""
+    arms = {twice: (label, style) for label, (_, twice, style) in RIVALS.items()}
+    arms |= {arm: COMPARED[arm] for arm in ("ddpo", "ddpo_steady")}
+    x_labels = {"images": "images sampled and scored", "calls": "model calls"}
+    return curves_figure(arms, x_labels, 4)
+
+
+# ---------------------------------------------------------------- how far a method goes
+
+WAYS = {  # script: (method, marker in the figure)
+    "graft.py": ("GRAFT", "C0o"),
+    "pgraft.py": ("P-GRAFT", "C1s"),
+    "benchmarks/diffusion_nft.py": ("DiffusionNFT", "C5P"),
+    "benchmarks/awm.py": ("AWM", "C6X"),
+}
+
+
+def frontier_points() -> list[dict]:
+    """{method, style, setting, records, strict, diversity, fit, kl}, means over seeds, of every arm of
+    "frontier", by method. kls: of each seed."""
+    points, kls = [], stored("path_kl")
+    for arm in ARMS["frontier"]:
+        records = runs(f"frontier/{arm}")
+        method, style = WAYS[records[0]["command"].split()[1]]
+        kl = [kls[f"frontier/{arm}__{record['seed']}"]["kl"] for record in records]
+        metrics = {"strict": "shapes_strict", "diversity": "diversity", "fit": "shapes_fit"}
+        cells = {name: float(mean_of(final(records, [metric])[0])) for name, metric in metrics.items()}
+        point = {"method": method, "style": style, "setting": settings_of(records[0]["command"])}
+        points.append(point | {"records": records, "kl": float(np.mean(kl)), "kls": kl} | cells)
+    order = [method for method, _ in WAYS.values()]
+    return sorted(points, key=lambda point: order.index(point["method"]))
+
+
+def undominated(points: list[dict], cost: str, sign: int) -> list[dict]:
+    """The points of which no other has at least as much strict and at most as much sign * cost, by cost."""
+    kept = []
+    for point in sorted(points, key=lambda p: (sign * p[cost], -p["strict"])):
+        if not kept or point["strict"] > kept[-1]["strict"]:
+            kept.append(point)
+    return kept
+
+
+@part("frontier")
+def frontier() -> str:
+    base = final(runs("frontier/graft")[:1], ["shapes_strict", "diversity", "shapes_fit"], "base")
+    rows = [["base", "", "", *base, "0"]]
+    for point in frontier_points():
+        records = point["records"]
+        cells = final(records, ["shapes_strict", "diversity", "shapes_fit"])
+        cost = [f"{records[0]['images']:,}", f"{records[0]['calls'] / 1000:.0f}"]
+        label = f"{point['method']}, {point['setting']} ({len(records)})"
+        rows.append([label, *cost, *cells, average(point["kls"])])
+    columns = ["", "images", "calls (thousands)", "strict", "diversity", "fit", "KL of the paths, nats"]
+    parts = [table(columns, rows)]
+    for words, cost, sign in (("more diversity", "diversity", -1), ("less KL", "kl", 1)):
+        best = undominated(frontier_points(), cost, sign)
+        names = "; ".join(f"{point['method']}, {point['setting']}" for point in best)
+        parts.append(f"No row has both more strict and {words} than one of these: {names}.")
+    return "\n\n".join(parts)
+
+
+def frontier_figure() -> tuple[Figure, list]:
+    """Strict against diversity and against the KL of the sampling paths: a point for each setting, a line
+    along each method's best ones; the data."""
+    figure, data = Figure(figsize=(9, 4.2), layout="constrained"), []
+    panels = {"diversity": ("diversity", -1), "kl": ("KL of the sampling paths to the base, nats", 1)}
+    base = [float(cell) for cell in final(runs("frontier/graft")[:1], ["shapes_strict", "diversity"], "base")]
+    for axis, (cost, (x_label, sign)) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
+        axis.plot(base[1] if cost == "diversity" else 0, base[0], "k*", label="base")
+        for method, style in WAYS.values():
+            points = [point for point in frontier_points() if point["method"] == method]
+            label = method
+            for point in points:
+                setting = point["setting"].strip("`").replace("--", "")
+                spot = (point[cost], point["strict"])
+                axis.plot(*spot, style, markersize=5, label=label)
+                axis.annotate(setting, spot, fontsize=4, xytext=(3, 2), textcoords="offset points")
+                data.append([method, setting, cost, *spot])
+                label = None
+            best = undominated(points, cost, sign)
+            axis.plot([p[cost] for p in best], [p["strict"] for p in best], style[:2] + "-", linewidth=0.8)
+        axis.set_xlabel(x_label)
+    figure.axes[0].invert_xaxis()  # further from the base to the right in both
+    figure.axes[0].set_ylabel("held-out strict reward")
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=5, fontsize=7)
     return figure, data
 
 
@@ -837,7 +993,11 @@ def molecules_default() -> str:
 
 # ---------------------------------------------------------------- the pages
 
-FIGURES = {"compare/compare.png": comparison_figure}  # file: (figure, data)
+FIGURES = {  # file: (figure, data)
+    "compare/compare.png": comparison_figure,
+    "compare/rivals.png": rivals_figure,
+    "frontier/frontier.png": frontier_figure,
+}
 
 
 def read_pages() -> dict[str, str]:

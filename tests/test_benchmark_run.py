@@ -2,13 +2,17 @@
 the stored records are those of its arms."""
 
 import json
+import math
 import sys
+import time
 
 import pytest
 import torch
 
+import awm
 import common
 import ddpo
+import diffusion_nft
 import graft
 import inverse_noise_correction
 import noise_ppo
@@ -25,6 +29,8 @@ ARGS = {
     "noise_ppo.py": noise_ppo.Args,
     "inverse_noise_correction.py": inverse_noise_correction.Args,
     "benchmarks/ddpo.py": ddpo.Args,
+    "benchmarks/diffusion_nft.py": diffusion_nft.Args,
+    "benchmarks/awm.py": awm.Args,
     "molecules/graft_molecules.py": graft_molecules.Args,
 }
 FLAGS = {
@@ -32,6 +38,8 @@ FLAGS = {
     "pgraft.py": "--switch 0.5 --eta 1",
     "noise_ppo.py": "--iterations 2 --prompts_per_iteration 3 --no-controls --eval_steps 4",
     "benchmarks/ddpo.py": "--epochs 2",
+    "benchmarks/diffusion_nft.py": "",
+    "benchmarks/awm.py": "--kl_base 0.5",
 }
 EVERY_RECORD = [
     (folder, name, seed) for folder in ARMS for name, arm in ARMS[folder].items() for seed in arm.seeds
@@ -68,7 +76,7 @@ def test_cost_is_what_a_run_calls(script, tiny_arguments, tmp_path, monkeypatch)
 
     seconds, total = run.seconds_at(tmp_path / "run"), read_json(tmp_path / "run" / "results.json")["seconds"]
     assert len(seconds) == 2 and 0 < seconds[0] < seconds[1] <= total + 0.5
-    entries = run.record(tmp_path / "run", "compare", Arm(script), [script, "--seed", "0"], 0, 2)
+    entries = run.record(tmp_path / "run", "compare", Arm(script), [script, "--seed", "0"], 0, "a machine")
     assert entries["images"] == 24 and entries["calls"] == 2 * run.cost(script, args)[1]
     assert [point["images"] for point in entries["curve"]] == [12, 24]
     assert [point["reward"] for point in entries["curve"]] == [
@@ -94,10 +102,11 @@ def options(tmp_path, tiny_arguments, monkeypatch):
     arms["second"] = Arm(f"{arms['second'].command} {noise}", seeds=(1,), needs="first")
     monkeypatch.setitem(ARMS, "compare", arms)
     options = Options(results=tmp_path / "results", runs=tmp_path / "runs")
-    options.executed = []
+    options.executed, options.devices = [], []
 
-    def execute(command):
+    def execute(command, device="cpu"):
         options.executed.append(command)
+        options.devices.append(device)
         code, _, error = run_inside(command[1:], command[0])
         if code:
             raise RuntimeError(error)
@@ -114,7 +123,8 @@ def test_store(options, tmp_path):
     assert stored["command"].startswith("python graft.py --prompts ") and stored["command"].endswith(
         " --seed 0"
     )
-    assert stored["seed"] == 0 and "1 runs at a time" in stored["hardware"]
+    assert stored["seed"] == 0 and "torch CPU float32, 1 runs at a time" in stored["hardware"]
+    assert options.devices == ["cpu", "cpu"]  # the run, the evaluation with a switch
     assert stored["results"] == read_json(folder / "results.json")
     assert [row["round"] for row in stored["metrics"]] == [1, 2] and len(stored["curve"]) == 2
     table = read_json(folder.with_name("first__0__switch_0.5") / "results.json")["table"]
@@ -168,6 +178,44 @@ def test_a_needed_run_is_made_if_only_its_record_is_there(options, tmp_path):
     assert [command[0] for command in options.executed] == ["graft.py", "noise_ppo.py"]
 
 
+def test_on_a_gpu(options, tmp_path, monkeypatch):
+    """Runs and evaluations are on it, with large batches of which the record's command says nothing."""
+    options.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    assert run.run_all([("compare", "first", 0)], options)
+    assert options.devices == ["cuda", "cuda"]
+    assert " ".join(options.executed[0]).count("--sample_batch 640") == 1
+    (stored,) = run.load("compare", "first", tmp_path / "results")
+    assert stored["hardware"] == "some GPU, float32 (convolutions: TF32), 1 runs at a time"
+    assert "--sample_batch 640" not in stored["command"]
+
+
+def test_no_run_starts_after_the_time(options, tmp_path, capsys):
+    options.until = time.monotonic() - 1
+    assert not run.run_all([("compare", "first", 0)], options)
+    assert not options.executed and "compare/first 0: left out, no time" in capsys.readouterr().out
+    options.until = time.monotonic() + 600
+    assert run.run_all([("compare", "first", 0)], options)
+
+
+def test_settings_are_chosen_by_reward_then_diversity(tmp_path):
+    """Within 0.03 of the highest strict reward the most diverse; what has no record does not count."""
+    arms = [name for name in run.RIVALS if name.startswith("awm_")]
+    assert run.chosen("awm", tmp_path) == arms[0]  # without records
+    options = Options(results=tmp_path)
+    ends = {arms[0]: (0.9, 0.2), arms[1]: (0.93, 0.25), arms[2]: (0.95, 0.21), arms[4]: (0.91, 0.4)}
+    (tmp_path / "tuning").mkdir()
+    for name, (strict, diversity) in ends.items():
+        table = [{"metric": "shapes_strict", "tuned": strict}, {"metric": "diversity", "tuned": diversity}]
+        content = json.dumps({"results": {"table": table}})
+        run.record_file("tuning", name, 0, options).write_text(content)
+    assert run.chosen("awm", tmp_path) == arms[1]
+    assert run.command_of("compare", "awm_twice", 2, options) == [
+        *("benchmarks/awm.py", "--kl_old", "0.2", "--rounds", "6", "--seed", "2")
+    ]
+    assert run.chosen("nft", tmp_path).startswith("nft_")
+
+
 def test_a_failed_run_stores_nothing(options, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(ARMS["compare"], "bad", Arm("graft.py --steps 0"))
     assert not run.run_all([("compare", "bad", 0)], options)
@@ -178,6 +226,8 @@ def test_execute_says_what_failed():
     with pytest.raises(RuntimeError, match="python -c import sys; sys.exit"):
         run.execute(["-c", "import sys; sys.exit('no good')"])
     run.execute(["-c", "import os; assert os.environ['OMP_NUM_THREADS'] == '1'"])
+    run.execute(["-c", "import os; assert os.environ['CUDA_VISIBLE_DEVICES'] == ''"])  # of the CPU
+    run.execute(["-c", "import os; assert os.environ.get('CUDA_VISIBLE_DEVICES') != ''"], "cuda")
 
 
 @pytest.mark.parametrize(
@@ -188,6 +238,7 @@ def test_execute_says_what_failed():
         ("tuning compare/ddpo", len(ARMS["tuning"]) + 1, {0, 1, 2}),
         ("--quick compare", len(ARMS["compare"]), {0}),
         ("", sum(map(len, ARMS.values())), {0, 1, 2}),
+        ("frontier --minutes 3 --jobs 4", len(ARMS["frontier"]), {0, 1, 2}),
     ],
 )
 def test_command_line(argv, count, seeds, monkeypatch):
@@ -201,8 +252,14 @@ def test_command_line(argv, count, seeds, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", *argv.split()])
     assert run.main() == 0
     ((jobs, options),) = chosen
+    order = [job[0] for job in jobs]
+    for folder in dict.fromkeys(order):  # one after the other, each seed by seed
+        assert order.count(folder) == len(order) - order[::-1].index(folder) - order.index(folder)
+        own = [job[2] for job in jobs if job[0] == folder]
+        assert own == sorted(own)
     assert len({job[:2] for job in jobs}) == count and {seed for _, _, seed in jobs} == seeds
     assert options.quick == (options.results != run.RESULTS) == ("--quick" in argv)
+    assert options.device == "cpu" and (options.until < math.inf) == ("--minutes" in argv)
 
 
 def test_unknown_names_are_refused(monkeypatch, capsys):
@@ -255,6 +312,9 @@ def test_budgets_of_the_stored_records_are_those_of_their_settings():
     assert run.load("compare", "graft_tuned")[0]["calls"] == 6 * run.cost("graft.py", tuned)[1]
     noise = {"prompts_per_iteration": 64, "samples": 8, "steps": 4, "guidance": 1.0}
     assert run.load("compare", "noise_ppo")[0]["calls"] == 36 * run.cost("noise_ppo.py", noise)[1]
+    rival = defaults | {"updates": 120, "kl_base": 0.1}
+    assert run.cost("benchmarks/diffusion_nft.py", defaults | {"updates": 120})[1] == 12800 + 4 * 120 * 64
+    assert run.cost("benchmarks/awm.py", rival)[1] == 12800 + 5 * 120 * 64
     policy = {"prompts_per_round": 80, "samples": 8, "steps": 10, "guidance": 1.0, "epochs": 1}
     assert run.load("compare", "ddpo")[0]["calls"] == 12 * run.cost("benchmarks/ddpo.py", policy)[1]
 
