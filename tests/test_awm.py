@@ -59,6 +59,7 @@ def test_advantages():
     found = awm.advantages(rewards, "prompt", 1.5)
     assert found[0].tolist() == [-1, -1, 1, 1] and found[1].tolist() == [0] * 4
     assert found[2].tolist() == pytest.approx([-(3**-0.5)] * 3 + [1.5])
+    assert awm.advantages(rewards, "prompt", 0.5)[2].tolist() == [-0.5] * 3 + [0.5]  # on both sides
     assert awm.advantages(torch.ones(2, 3), "round", 1.0).tolist() == [[0] * 3] * 2
 
 
