@@ -4,12 +4,10 @@ Run: python benchmarks/run.py                      (all that benchmarks/results 
      python benchmarks/run.py graft compare/ddpo   (the arms of a folder, one arm)
      python benchmarks/run.py --quick compare      (minutes: seed 0, short runs, into runs/quick/results)
      python benchmarks/run.py --split_prompts      (write prompts_tune.txt and prompts_valid.txt again)
-     python benchmarks/run.py tuning --device cuda --jobs 16 --minutes 5   (on one GPU; none starts later)
 The tables are made from the records by benchmarks/tables.py.
 
-Every arm is an ordinary command. Two run at a time, with one CPU thread each, in
-runs/<folder>/<arm>__<seed>. A run that was stopped goes on from there. The record is
-benchmarks/results/<folder>/<arm>__<seed>.json:
+Every arm is an ordinary command. Two run at a time, with one thread each, in runs/<folder>/<arm>__<seed>. A
+run that was stopped goes on from there. The record is benchmarks/results/<folder>/<arm>__<seed>.json:
   command, seed, hardware
   seconds          of the run; None where its results.json does not say
   results          its results.json
@@ -23,28 +21,24 @@ the model.
 
 Folders: "graft", "pgraft", "noise_ppo", "inc" and "molecules" hold the experiments of one script each.
 "compare" has all methods with a reward at about one budget of calls, and DDPO far beyond it. The settings of
-GRAFT, DDPO, DiffusionNFT and AWM in "compare" were chosen from "tuning"; of the last two by `chosen`, so
-"tuning" must be run before. "frontier" varies how far each method goes: reward against diversity and KL. The
-arms "valid_...", "guidance3_..." and all of "tuning" hold out prompts_valid.txt, a part of the training
-prompts, because settings may be chosen on these only.
+GRAFT, DDPO, DiffusionNFT and AWM in "compare" were chosen from "tuning". The arms "valid_...",
+"guidance3_..." and all of "tuning" hold out prompts_valid.txt, a part of the training prompts, because
+settings may be chosen on these only.
 """
 
 import argparse
 import csv
 import json
-import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -60,7 +54,7 @@ RUNS = Path("runs")  # relative to ROOT, so that the stored commands hold no pat
 class Arm:
     """A command that is run once for each seed."""
 
-    command: str  # script and flags; {runs}, {seed}, {nft} and {awm} are filled in
+    command: str  # script and flags; {runs} and {seed} are filled in
     seeds: tuple[int, ...] = (0, 1, 2)
     figures: tuple[str, ...] = ()  # of seed 0, kept beside the record as <arm>__<figure>
     switches: tuple[str, ...] = ()  # levels from which on the base model takes over in further evaluations
@@ -179,18 +173,16 @@ COMPARE = {
     "ddpo": Arm("benchmarks/ddpo.py"),
     # "ddpo" is the best setting after 8 tuning rounds and gets worse later; this is the best after 10
     "ddpo_steady": Arm("benchmarks/ddpo.py --clip 1e-3 --batch 64"),
-    # the settings that `chosen` takes; then as many images again
-    "nft": Arm("benchmarks/diffusion_nft.py {nft}"),
-    "awm": Arm("benchmarks/awm.py {awm}"),
-    "nft_twice": Arm("benchmarks/diffusion_nft.py {nft} --rounds 6"),
-    "awm_twice": Arm("benchmarks/awm.py {awm} --rounds 6"),
+    "nft": Arm("benchmarks/diffusion_nft.py --beta 0.3"),
+    "awm": Arm("benchmarks/awm.py --kl_old 0.4"),
     "graft_twice": Arm("graft.py --rounds 6"),
-    "none_twice": Arm("graft.py --rule none --rounds 6"),
-    "pgraft_twice": Arm("pgraft.py --switch 0.2 --rounds 6"),
+    "nft_twice": Arm("benchmarks/diffusion_nft.py --beta 0.3 --rounds 6"),
+    "awm_twice": Arm("benchmarks/awm.py --kl_old 0.4 --rounds 6"),
 }
 LONG_DDPO = "benchmarks/ddpo.py --eval_samples 2 --rounds 10 --eval_every 5 --batch 64"
 SHORT_DDPO = "benchmarks/ddpo.py --eval_samples 2 --rounds 8 --eval_every 4"
 THRESHOLD = "graft.py --eval_samples 2 --rule threshold --threshold 1"
+NFT, AWM = "benchmarks/diffusion_nft.py --eval_samples 2", "benchmarks/awm.py --eval_samples 2"
 TUNING = {  # in the order in which they were tried
     "ddpo_lr_1e-3_clip_1e-4": f"{LONG_DDPO} --lr 1e-3 --clip 1e-4",
     "ddpo_lr_1e-3_clip_1e-3": f"{LONG_DDPO} --lr 1e-3 --clip 1e-3",
@@ -211,64 +203,18 @@ TUNING = {  # in the order in which they were tried
     ),
     "graft_lr_3e-3": "graft.py --eval_samples 2 --lr 3e-3",
     "graft_threshold_batch_32_120_updates": f"{THRESHOLD} --batch 32 --micro_batch 32 --updates 120",
-}
-NFT, AWM = "benchmarks/diffusion_nft.py --eval_samples 2", "benchmarks/awm.py --eval_samples 2"
-RIVALS = {  # nine settings each; the first of each is the best of a trial on the same prompts
     "nft_beta_0.3": f"{NFT} --beta 0.3",
-    "nft_beta_0.3_60_updates": f"{NFT} --beta 0.3 --updates 60",
-    "nft_beta_0.3_plain": f"{NFT} --beta 0.3 --loss plain",
     "nft_beta_1": f"{NFT} --beta 1",
-    "nft_beta_1_plain_60_updates": f"{NFT} --beta 1 --loss plain --updates 60",
+    "nft_beta_0.3_60_updates": f"{NFT} --beta 0.3 --updates 60",
     "nft_beta_0.1": f"{NFT} --beta 0.1",  # the paper's for text in images
     "nft_beta_0.3_lr_3e-3": f"{NFT} --beta 0.3 --lr 3e-3",
-    "nft_beta_0.3_spread_of_the_prompt": f"{NFT} --beta 0.3 --spread prompt",
-    "nft_beta_1_Z_5_deviations": f"{NFT} --beta 1 --spread_factor 5",  # the authors' code
     "awm_kl_0.4": f"{AWM} --kl_old 0.4",
     "awm_kl_0.2": f"{AWM} --kl_old 0.2",
     "awm_kl_1": f"{AWM} --kl_old 1",
     "awm_kl_0.2_lr_5e-4": f"{AWM} --kl_old 0.2 --lr 5e-4",
     "awm_kl_0.4_120_updates": f"{AWM} --kl_old 0.4 --updates 120",
-    "awm_kl_1_120_updates": f"{AWM} --kl_old 1 --updates 120",
-    "awm_clip_1e-2_no_kl": f"{AWM} --kl_old 0 --clip 1e-2",
-    "awm_kl_0.4_spread_of_the_prompt": f"{AWM} --kl_old 0.4 --spread prompt",
-    # the authors' code; its advantages are a fifth of these, so its weights are too
-    "awm_kl_5_huber": f"{AWM} --kl_old 5 --kl_base 0.015 --matching huber --advantage_max 5",
 }
-TUNING = {name: Arm(f"{command} {VALID}", seeds=(0,)) for name, command in (TUNING | RIVALS).items()}
-
-# ---------------------------------------------------------------- how far a method goes
-# One setting changes at a time, from the defaults. In the order of their importance: a call with --minutes
-# leaves out the last.
-
-FAR = "--eval_every 0"
-FRONTIER = {
-    "graft": f"graft.py {FAR}",
-    "graft_1_round": f"graft.py {FAR} --rounds 1",
-    "graft_6_rounds": f"graft.py {FAR} --rounds 6",
-    "nft_beta_1": f"benchmarks/diffusion_nft.py {FAR} --beta 1",
-    "nft_beta_0.3": f"benchmarks/diffusion_nft.py {FAR} --beta 0.3",
-    "nft_beta_0.1": f"benchmarks/diffusion_nft.py {FAR} --beta 0.1",
-    "awm_kl_1": f"benchmarks/awm.py {FAR} --kl_old 1",
-    "awm_kl_0.4": f"benchmarks/awm.py {FAR} --kl_old 0.4",
-    "awm_kl_0.2": f"benchmarks/awm.py {FAR} --kl_old 0.2",
-    "graft_threshold": f"graft.py {FAR} --rule threshold --threshold 1",
-    "graft_preference": f"graft.py {FAR} --rule preference",
-    "none": f"graft.py {FAR} --rule none",
-    "graft_20_updates": f"graft.py {FAR} --updates 20",
-    "graft_180_updates": f"graft.py {FAR} --updates 180",
-    "pgraft_0.2": f"pgraft.py {FAR} --switch 0.2",
-    "pgraft_0.4": f"pgraft.py {FAR} --switch 0.4",
-    "nft_beta_0.3_60_updates": f"benchmarks/diffusion_nft.py {FAR} --beta 0.3 --updates 60",
-    "awm_kl_0.4_120_updates": f"benchmarks/awm.py {FAR} --kl_old 0.4 --updates 120",
-    "nft_beta_0.3_old_kept_0.5": f"benchmarks/diffusion_nft.py {FAR} --beta 0.3 --old_rise 0.5",
-    "awm_kl_1_120_updates": f"benchmarks/awm.py {FAR} --kl_old 1 --updates 120",
-    "nft_beta_1_240_updates": f"benchmarks/diffusion_nft.py {FAR} --beta 1 --updates 240",
-    "awm_kl_0.4_30_updates": f"benchmarks/awm.py {FAR} --kl_old 0.4 --updates 30",
-    "pgraft_0.7": f"pgraft.py {FAR} --switch 0.7",
-    "graft_exponential_0.5": f"graft.py {FAR} --rule exponential --beta 0.5 --reward_max 1",
-    "graft_2_rounds": f"graft.py {FAR} --rounds 2",
-}
-FRONTIER = {name: Arm(command) for name, command in FRONTIER.items()}
+TUNING = {name: Arm(f"{command} {VALID}", seeds=(0,)) for name, command in TUNING.items()}
 
 # ---------------------------------------------------------------- molecules
 # Of six atoms there are few molecules, so copies are many. Every round is short and its learning rate high.
@@ -290,9 +236,8 @@ ARMS = {
     "molecules": MOLECULES,
     "compare": COMPARE,
     "tuning": TUNING,
-    "frontier": FRONTIER,
 }
-BUDGETED = ("compare", "tuning", "frontier")  # folders whose records hold images, calls and curve
+BUDGETED = ("compare", "tuning")  # folders whose records hold images, calls and curve
 QUICK = {  # flags that make a run short
     "graft.py": "--rounds 1 --updates 20 --eval_samples 2",
     "pgraft.py": "--rounds 1 --updates 20 --eval_samples 2 --probe_prompts 8",
@@ -303,7 +248,6 @@ QUICK = {  # flags that make a run short
     "benchmarks/awm.py": "--rounds 1 --updates 20 --eval_samples 2",
     "molecules/graft_molecules.py": "--rounds 1 --updates 20 --eval_molecules 100",
 }
-LARGE_BATCHES = "--sample_batch 640"  # of runs on a GPU; an image does not depend on the others of its batch
 
 
 # ---------------------------------------------------------------- records
@@ -355,23 +299,16 @@ def budget(script: str, run: Path, rows: list[dict]) -> dict:
     }
 
 
-def hardware(device: str, jobs: int) -> str:
-    """What a run was made on. jobs: runs at a time."""
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, float32 (convolutions: TF32), {jobs} runs at a time"
-    processor = platform.processor() or platform.machine()
-    return f"1 thread of {processor}, torch CPU float32, {jobs} runs at a time"
-
-
-def record(run: Path, folder: str, arm: Arm, command: list[str], seed: int, hardware: str) -> dict:
-    """The record of a finished run, without "switched". command: script and flags."""
+def record(run: Path, folder: str, arm: Arm, command: list[str], seed: int, jobs: int) -> dict:
+    """The record of a finished run, without "switched". command: script and flags; jobs: runs at a time."""
     results_file = run / "results.json"  # a probe has none
     results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.exists() else {}
     seconds = results.get("seconds")
     with open(run / arm.rows, newline="", encoding="utf-8") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     entries = {"command": " ".join(["python", *command]), "seed": seed}
-    entries["hardware"] = hardware
+    processor = platform.processor() or platform.machine()
+    entries["hardware"] = f"1 thread of {processor}, torch CPU float32, {jobs} runs at a time"
     entries["seconds"] = seconds["total"] if isinstance(seconds, dict) else seconds
     entries |= {"results": results, "metrics": rows}
     return entries | (budget(command[0], run, rows) if folder in BUDGETED else {})
@@ -388,42 +325,22 @@ class Options:
     runs: Path = RUNS
     quick: bool = False
     jobs: int = 2  # runs at a time
-    device: str = "cpu"  # or cuda
-    until: float = math.inf  # time.monotonic() after which no run starts
 
 
-def execute(command: list[str], device: str = "cpu") -> None:
-    """`python <command>` in ROOT on one thread. RuntimeError with the end of its error output if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+def execute(command: list[str]) -> None:
+    """`python <command>` in ROOT on one thread of the CPU, which the records name. RuntimeError with the end of
+    its error output if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, **pipes)
     if done.returncode:
         raise RuntimeError(f"python {' '.join(command)}\n{done.stderr[-2000:] or 'it printed no error'}")
 
 
-def chosen(method: str, results: Path = RESULTS) -> str:
-    """The arm of "tuning" whose settings "nft" or "awm" has in "compare": of those whose strict reward is
-    within 0.03 of the highest, about a standard error over the 80 prompts, the most diverse. Arms without
-    a record do not count; without any it is the first."""
-    names = [name for name in RIVALS if name.startswith(f"{method}_")]
-    ends = {name: load("tuning", name, results)[0] for name in names if load("tuning", name, results)}
-    rows = {name: {row["metric"]: row["tuned"] for row in r["results"]["table"]} for name, r in ends.items()}
-    best = max((row["shapes_strict"] for row in rows.values()), default=0)
-    close = [name for name, row in rows.items() if row["shapes_strict"] > best - 0.03]
-    return max(close, key=lambda name: rows[name]["diversity"], default=names[0])
-
-
-def chosen_flags(method: str, options: Options) -> str:
-    """The settings of `chosen`, without those of the evaluation."""
-    return RIVALS[chosen(method, options.results)].partition("--eval_samples 2")[2].strip()
-
-
 def command_of(folder: str, name: str, seed: int, options: Options) -> list[str]:
     """Script and flags of an arm."""
-    rivals = {method: chosen_flags(method, options) for method in ("nft", "awm")}
-    places = {"runs": options.runs, "seed": seed}
-    script, *flags = ARMS[folder][name].command.format(**places, **rivals).split()
+    text = ARMS[folder][name].command.format(runs=options.runs, seed=seed)
+    script, *flags = text.split()
     return [script, *flags, *(QUICK[script].split() if options.quick else []), "--seed", str(seed)]
 
 
@@ -442,35 +359,27 @@ def finish(folder: str, name: str, seed: int, options: Options) -> None:
     run = run_folder(folder, name, seed, options)
     script, *flags = command_of(folder, name, seed, options)
     begun = (ROOT / run / "args.json").exists()
-    flags += LARGE_BATCHES.split() if options.device == "cuda" else []
-    command = [script, "--resume", str(run)] if begun else [script, *flags, "--output", str(run)]
-    execute(command, options.device)
+    execute([script, "--resume", str(run)] if begun else [script, *flags, "--output", str(run)])
 
 
-def evaluate_switched(run: Path, level: str, device: str) -> list[dict]:
+def evaluate_switched(run: Path, level: str) -> list[dict]:
     """The paired table of a run's LoRA with the base model from a level on. RuntimeError if that fails."""
     output = run.with_name(f"{run.name}__switch_{level}")
     shutil.rmtree(ROOT / output, ignore_errors=True)  # an evaluation that was stopped starts again
-    execute(["benchmarks/evaluate.py", str(run), "--switch", level, "--output", str(output)], device)
+    execute(["benchmarks/evaluate.py", str(run), "--switch", level, "--output", str(output)])
     return json.loads((ROOT / output / "results.json").read_text(encoding="utf-8"))["table"]
 
 
 def store(folder: str, name: str, seed: int, options: Options) -> bool:
     """Run an arm and write its record. Returns whether that succeeded; one line says how it ended."""
-    if time.monotonic() > options.until:
-        print(f"{folder}/{name} {seed}: left out, no time", flush=True)
-        return False
     arm, run = ARMS[folder][name], run_folder(folder, name, seed, options)
     try:
         if arm.needs and not (ROOT / run_folder(folder, arm.needs, seed, options) / "results.json").exists():
             finish(folder, arm.needs, seed, options)
         finish(folder, name, seed, options)
-        command, machine = command_of(folder, name, seed, options), hardware(options.device, options.jobs)
-        entries = record(ROOT / run, folder, arm, command, seed, machine)
+        entries = record(ROOT / run, folder, arm, command_of(folder, name, seed, options), seed, options.jobs)
         if arm.switches:
-            entries["switched"] = {
-                level: evaluate_switched(run, level, options.device) for level in arm.switches
-            }
+            entries["switched"] = {level: evaluate_switched(run, level) for level in arm.switches}
     except RuntimeError as error:
         print(f"{folder}/{name} {seed} failed: {error}", file=sys.stderr, flush=True)
         return False
@@ -532,8 +441,6 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="name", help="a folder, or folder/arm; left out: all")
     parser.add_argument("--seeds", nargs="+", type=int, help="left out: those of each arm")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, with one thread each")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all runs")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="after these no run starts")
     parser.add_argument("--quick", action="store_true", help="seed 0, short runs, which say little")
     parser.add_argument("--split_prompts", action="store_true", help="only write the two prompt files")
     given = parser.parse_args()
@@ -544,20 +451,14 @@ def main() -> int:
         arms = choose(given.names)
     except KeyError as error:
         parser.error(f"no folder or arm {error}")
-    if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device found")
-    until = time.monotonic() + 60 * given.minutes
-    options = Options(jobs=given.jobs, device=given.device, until=until)
+    options = Options(jobs=given.jobs)
     if given.quick:
-        places = {"results": ROOT / RUNS / "quick" / "results", "runs": RUNS / "quick"}
-        options = replace(options, quick=True, **places)
+        options = Options(ROOT / RUNS / "quick" / "results", RUNS / "quick", True, given.jobs)
     jobs = [
         (folder, name, seed)
         for folder, name in arms
         for seed in given.seeds or ((0,) if given.quick else ARMS[folder][name].seeds)
     ]
-    folders = [folder for folder, _ in arms]
-    jobs.sort(key=lambda job: (folders.index(job[0]), job[2]))  # all arms of a folder once, then again
     return 0 if run_all(jobs, options) else 1
 
 

@@ -25,7 +25,7 @@ class Pair:
     def timesteps(self, steps):
         return [3, 2, 1, 0][:steps]
 
-    def predict(self, x, t, text):
+    def predict(self, x, t, text, guidance):
         return (self.base if self.off else self.tuned) * x
 
     def alpha_sigma(self, t):
