@@ -520,6 +520,8 @@ def family_of(pipeline):
 def load_model(args) -> "Model":
     """The Model that the arguments of a script name."""
     size = (args.height, args.width)
+    # backwards, cuDNN's attention ends FLUX's update with an illegal memory access (torch 2.11, H100)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return Model(args.model, args.device, DTYPES[args.dtype], args.t5, *size, args.model_config)
 
 

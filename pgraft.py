@@ -217,7 +217,7 @@ def check_rule(args):
 
 def check_switch(args):
     """InputError for settings of the switch and the probe that do not go together."""
-    if args.probe or args.switch == "auto":
+    if args.probe or (args.switch == "auto" and not own_switch(args)):
         if args.eta == 0:
             raise InputError(
                 "--eta 0: nothing to probe in a deterministic sampler; give --eta above 0 or a --switch"
@@ -232,6 +232,15 @@ def check_switch(args):
         raise InputError(
             f"--switch {args.switch}: must be auto or a level t / T between 0 and 1, both excluded"
         )
+
+
+def own_switch(args):
+    """The file with the switch of --lora, which a run of this script leaves, if this run takes it; else None.
+    InputError if there is no LoRA."""
+    if not args.lora or args.probe or args.switch != "auto":
+        return None
+    file = find_lora(args.lora, "--lora").parent / SWITCH_FILE
+    return file if file.is_file() else None
 
 
 # ================================================================ equations: tensors in, tensors out
@@ -690,15 +699,13 @@ def main(args):
     grid = model.timesteps(args.steps)
     # a timestep; None: the probe will say
     switch = None if args.switch == "auto" else float(args.switch) * model.train_timesteps
-    if switch is None and args.lora and not args.probe:  # the LoRA of a run of this script has its own
-        folder = find_lora(args.lora, "--lora").parent
-        if (folder / SWITCH_FILE).is_file():
-            switch = read_switch(folder, "a --switch", model)
+    source = f"--switch {args.switch}"
+    if file := own_switch(args):
+        switch = read_switch(file.parent, "a --switch", model)
+        source = f"{file}, switch {switch / model.train_timesteps:.9g}"
     if switch is not None and not 0 < switch_step(grid, switch) < args.steps:
         low, high = (f"{t / model.train_timesteps:.9g}" for t in (grid[-1], grid[0]))
-        raise InputError(
-            f"--switch {args.switch}: with --steps {args.steps} it must be at least {low} and below {high}"
-        )
+        raise InputError(f"{source}: with --steps {args.steps} it must be at least {low} and below {high}")
     if args.lora:
         parameters = model.load_lora(args.lora)
     else:

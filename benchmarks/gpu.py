@@ -531,8 +531,13 @@ def guarded(check, *values) -> str:
 
 
 def check_float32(prompts: list[str], args, device: str) -> str:
-    """check_images in float32; of the largest families with few layers."""
-    return check_images(load_model(dataclasses.replace(args, dtype="float32")), prompts, args, device)
+    """check_images in float32, of the largest families with few layers. Convolutions are in float32 too: in
+    TF32, torch's default, they depend on the size of the batch."""
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        return check_images(load_model(dataclasses.replace(args, dtype="float32")), prompts, args, device)
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 # ---------------------------------------------------------------- one family
@@ -663,20 +668,18 @@ def main() -> None:
         parser.error("--images must be a multiple of 8 and at least 16, --updates at least 2")
     rate = matrix_rate(options.device, 256 if options.tiny else 8192)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    result = {"device": device, "torch": torch.__version__, "tiny": options.tiny, "families": {}}
-    if options.out.is_file():  # keep the other families, if measured on the same device
-        stored = json.loads(options.out.read_text())
-        if all(stored[name] == result[name] for name in ("device", "torch", "tiny")):
-            result["families"] = stored["families"]
-    result["matrix_rate_teraflops"] = rate / 1e12
+    where = {"device": device, "torch": torch.__version__, "tiny": options.tiny}
+    where["matrix_rate_teraflops"] = rate / 1e12
+    # other families are kept: each names the device on which it was measured
+    records = json.loads(options.out.read_text()) if options.out.is_file() else {}
     print(f"{device}, torch {torch.__version__}: bfloat16 matrix rate {rate / 1e12:.4g} TFLOP/s")
     for name in options.families:
         start = time.perf_counter()
-        result["families"][name] = measure(name, options, rate)
-        show(name, result["families"][name])
+        records[name] = where | measure(name, options, rate)
+        show(name, records[name])
         print(f"  {time.perf_counter() - start:.0f} s", flush=True)
-        write_json(options.out, result)
-        if result["families"][name]["checks"]["the measured run ends"] != "ok":
+        write_json(options.out, records)
+        if records[name]["checks"]["the measured run ends"] != "ok":
             sys.exit("The run did not end well and the device may be unusable: start the rest again.")
 
 

@@ -639,23 +639,38 @@ GPU_LABELS |= {"sd3": "SD 3 medium without T5", "flux": "FLUX.1", "flux2klein": 
 
 @part("gpu")
 def gpu() -> str:
-    result, rows = stored("gpu"), []
-    for name, record in result["families"].items():
+    records, rows, places = stored("gpu"), [], {}
+    for name, record in sorted(records.items(), key=lambda item: list(GPU_LABELS).index(item[0])):
         phases, settings = {phase["phase"]: phase for phase in record["phases"]}, record["settings"]
-        peaks = [
-            f"{phases[phase]['allocated']:.1f} ({phases[phase]['reserved']:.1f})"
-            for phase in ("load, encode prompts", "sample 1", "update 1", "stock pipeline call")
-        ]
-        trained = phases["update 1"]["per_second"] * settings["batch"]
+        peaks, ended = [], record["checks"].get("the measured run ends", "ok") == "ok"
+        for phase in ("load, encode prompts", "sample 1", "update 1", "stock pipeline call"):
+            peak = phases.get(phase)
+            peaks.append(f"{peak['allocated']:.1f} ({peak['reserved']:.1f})" if peak else "failed")
+        trained = f"{phases['update 1']['per_second'] * settings['batch']:.1f}" if ended else ""
         speeds = [f"{phases[phase]['per_second']:.1f}" for phase in ("sample 1", "stock pipeline call")]
         equal = record["checks"].get("our images = stock images, bfloat16", "not measured").partition(":")[0]
         wait = record["checks"].get("no wait inside the sampler's loop", "not measured").partition(":")[0]
         settings = f"{settings['sample_batch']}, {settings['micro_batch']}, {settings['steps']}"
-        rows.append([GPU_LABELS[name], *peaks, settings, *speeds, f"{trained:.1f}", equal, wait])
-    columns = ["", "load, encode", "sampling", "training", "stock call", "batch, micro-batch, steps"]
-    columns += ["images/s", "of the stock call", "images/s in training", "images = stock", "no wait"]
-    rate = f"{result['matrix_rate_teraflops']:.0f} TFLOP/s of bfloat16 matrix products"
-    return f"{table(columns, rows)}\n\nOn one {result['device']}, torch {result['torch']}, {rate}."
+        device = record["device"].removeprefix("NVIDIA ")
+        rows.append([GPU_LABELS[name], device, *peaks, settings, *speeds, trained, equal, wait])
+        rate = f"{record['matrix_rate_teraflops']:.0f} TFLOP/s of bfloat16 matrix products"
+        places[device] = f"{record['device']}: torch {record['torch']}, {rate}"
+    columns = ["", "on one", "load, encode", "sampling", "training", "stock call"]
+    columns += ["batch, micro-batch, steps", "images/s", "of the stock call", "images/s in training"]
+    columns += ["images = stock", "no wait"]
+    return f"{table(columns, rows)}\n\n{'. '.join(places.values())}."
+
+
+@part("processes")
+def processes() -> str:
+    result = stored("processes")
+    first = result["rows"][0]["seconds"]
+    rows = [
+        [row["processes"], row["threads"], f"{row['seconds']:.0f}", f"{first / row['seconds']:.2f}"]
+        for row in result["rows"]
+    ]
+    header = ["processes", "threads of each", "seconds of the default run", "times as fast"]
+    return f"{table(header, rows)}\n\nOn {result['hardware']}, torch {result['torch']}."
 
 
 @part("faults")

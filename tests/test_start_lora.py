@@ -239,6 +239,12 @@ def test_a_switch_travels_with_its_lora(plain, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         code, _, error = run_inside([*argv, "--lora", str(given)])
         assert_one_line(code, error, "is of pgraft.py, for the levels above its switch; go on with pgraft.py")
+    lora, third = ["--lora", str(tmp_path / "first")], tmp_path / "third"
+    finished([*argv, *ONE.split(), *lora, "--eta", "0"], third, "pgraft.py")  # needs no probe
+    assert json.loads((third / SWITCH_FILE).read_text())["switch"] == stored[0]
+    code, _, error = run_inside([*argv, *lora, "--steps", "1"], "pgraft.py")
+    named = f"{tmp_path / 'first' / SWITCH_FILE}, switch {stored[0]:.9g}: with --steps 1 it must be at least"
+    assert_one_line(code, error, named)
 
 
 @pytest.mark.parametrize("script", ["graft.py", "pgraft.py"])
