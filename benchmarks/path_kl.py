@@ -1,6 +1,6 @@
 """How far tuned models have gone from the base: the KL of their sampling paths, in nats an image.
 
-Run: python benchmarks/path_kl.py runs/frontier/*__0    (run folders of graft.py, pgraft.py, awm.py, ...)
+Run: python benchmarks/path_kl.py runs/compare/awm__*    (run folders of graft.py, pgraft.py, awm.py, ...)
 Result: benchmarks/results/path_kl.json, in which the folders that are named replace their entries:
 {"<parent>/<name>": {"kl": mean over the held-out prompts, "se": its standard error over prompts}}.
 

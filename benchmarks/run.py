@@ -328,8 +328,8 @@ class Options:
 
 
 def execute(command: list[str]) -> None:
-    """`python <command>` in ROOT on one thread of the CPU, which the records name. RuntimeError with the end of
-    its error output if it fails."""
+    """`python <command>` in ROOT on one thread of the CPU, as the records say. RuntimeError with the end
+    of its error output if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, **pipes)

@@ -25,7 +25,7 @@ import faults
 import flow_steps
 from graft import Args as GraftArgs
 from noise_ppo import Args as NoiseArgs
-from run import ARMS, RESULTS, ROOT, chosen, load
+from run import ARMS, RESULTS, ROOT, load
 from shapes.render import PROMPT_FILES
 from shapes.train import CAPTIONS
 from utils.figures import Figure, save_figure
@@ -811,25 +811,60 @@ def comparison_figure() -> tuple[Figure, list]:
 
 # ---------------------------------------------------------------- the strongest rivals
 
-RIVALS = {  # label: arm at GRAFT's number of images, arm with twice as many, line in the figure
-    "control: GRAFT without selection": ("none", "none_twice", "k:"),
-    "GRAFT": ("graft", "graft_twice", "C0o-"),
-    "P-GRAFT, base from level 0.2 on": ("pgraft", "pgraft_twice", "C1s-"),
-    "DiffusionNFT": ("nft", "nft_twice", "C5P-"),
-    "AWM": ("awm", "awm_twice", "C6X-"),
+RIVALS = {  # images: {arm of "compare": label}
+    "3,840": {
+        "none": COMPARED["none"][0],
+        "graft": "GRAFT",
+        "pgraft": COMPARED["pgraft"][0],
+        "nft": "DiffusionNFT",
+        "awm": "AWM",
+    },
+    "7,680": {
+        "graft_twice": "GRAFT",
+        "graft_tuned": "GRAFT, tuned",
+        "awm_twice": "AWM",
+        "ddpo": "DDPO",
+        "ddpo_steady": COMPARED["ddpo_steady"][0],
+    },
 }
+CURVES = {  # arm: (label, line in the figure)
+    "none": COMPARED["none"],
+    "graft_twice": ("GRAFT", "C0o-"),
+    "graft_tuned": COMPARED["graft_tuned"],
+    "pgraft": COMPARED["pgraft"],
+    "nft": ("DiffusionNFT", "C5P-"),
+    "awm_twice": ("AWM", "C6X-"),
+    "ddpo": COMPARED["ddpo"],
+    "ddpo_steady": COMPARED["ddpo_steady"],
+}
+FRONTIER = {  # method: (marker, {setting: folder/arm})
+    "control": ("kv", {"no selection": "compare/none"}),
+    "GRAFT": (
+        "C0o",
+        {
+            "preference": "graft/preference",
+            "best of 8": "compare/graft",
+            "threshold": "graft/threshold",
+            "best of 8, 6 rounds": "compare/graft_twice",
+            "tuned, 6 rounds": "compare/graft_tuned",
+        },
+    ),
+    "P-GRAFT": ("C1s", {f"level {level}": f"pgraft/default_x0_{level}" for level in (0.2, 0.4, 0.5, 0.7)}),
+    "DiffusionNFT": ("C5P", {"β 0.3": "compare/nft"}),
+    "AWM": ("C6X", {"penalty 0.4": "compare/awm", "penalty 0.4, 6 rounds": "compare/awm_twice"}),
+    "DDPO": ("C3d", {"clip 1e-2": "compare/ddpo", "clip 1e-3": "compare/ddpo_steady"}),
+}
+TRIED = {"graft_": "GRAFT", "nft_": "DiffusionNFT", "awm_": "AWM", "ddpo_": "DDPO"}  # arms of "tuning"
 
 
-def rival_row(label: str, arm: str) -> list[str]:
-    """A row of the table: costs, then every metric."""
-    records = runs(f"compare/{arm}")
-    gpu = "" if all("CPU" in r["hardware"] for r in records) else " (GPU)"
-    cost = [f"{records[0]['calls'] / 1000:.0f}", f"{seconds_of(records)}{gpu}"]
-    return [f"{label} ({len(records)})", *cost, *final(records)]
+def path_kl(arm: str) -> str:
+    """The KL of the sampling paths of an arm of "compare" to the base's, nats; "" if it was not measured."""
+    kls = [stored("path_kl").get(f"compare/{arm}__{record['seed']}") for record in runs(f"compare/{arm}")]
+    return average([kl["kl"] for kl in kls]) if all(kls) else ""
 
 
 def paired_gain(arm: str, other: str) -> str:
-    """Strict of an arm minus that of another, with the standard error over the seeds that both have."""
+    """Strict of an arm minus that of another, averaged over the seeds that both have."""
     ends = [
         {r["seed"]: final([r], ["shapes_strict"])[0] for r in runs(f"compare/{name}")}
         for name in (arm, other)
@@ -838,124 +873,68 @@ def paired_gain(arm: str, other: str) -> str:
     return average([float(ends[0][seed]) - float(ends[1][seed]) for seed in sorted(seeds)])
 
 
-def settings_of(command: str) -> str:
-    """The flags of a command as code, without seed and evaluation; "defaults" if no other is left."""
-    flags = re.findall(r"--(\w+) (\S+)", command)
-    kept = [f"--{name} {value}" for name, value in flags if name not in ("seed", "eval_every")]
-    return f"`{' '.join(kept)}`" if kept else "defaults"
-
-
 @part("rivals")
 def rivals() -> str:
-    base = ["base", "", "", *final(runs("compare/graft")[:1], column="base")]
-    further = {arm: COMPARED[arm][0] for arm in ("graft_tuned", "ddpo", "ddpo_steady")}  # of twice the images
-    parts, gains = [], []
-    for place, own in enumerate(("graft", "graft_twice")):
-        rows = [rival_row(label, arms[place]) for label, arms in RIVALS.items()]
-        rows += [rival_row(label, arm) for arm, label in further.items()] if place else []
-        count = f"{runs(f'compare/{own}')[0]['images']:,} images"
-        parts.append(table([count, "calls (thousands)", "seconds", *METRICS.values()], [base, *rows]))
-        pairs = [f"{name} {paired_gain(RIVALS[name][place], own)}" for name in ("DiffusionNFT", "AWM")]
-        gains.append(f"{', '.join(pairs)} at {count}")
-    nft, awm = (settings_of(runs(f"compare/{arm}")[0]["command"]) for arm in ("nft", "awm"))
-    parts.append(f"""Strict minus GRAFT's, paired over seeds: {"; ".join(gains)}.
-Settings of DiffusionNFT: {nft}; of AWM: {awm}.""")
+    parts = []
+    for images, arms in RIVALS.items():
+        rows = [["base", "", *final(runs("compare/graft")[:1], column="base"), "0"]]
+        for arm, label in arms.items():
+            records = runs(f"compare/{arm}")
+            calls = f"{records[0]['calls'] / 1000:.0f}"
+            rows.append([f"{label} ({len(records)})", calls, *final(records), path_kl(arm)])
+        columns = [f"{images} images", "calls (thousands)", *METRICS.values()]
+        parts.append(table([*columns, "KL of the paths, nats"], rows))
+    once = f"DiffusionNFT {paired_gain('nft', 'graft')}, AWM {paired_gain('awm', 'graft')}"
+    twice = f"AWM {paired_gain('awm_twice', 'graft_twice')}"
+    parts.append(f"Strict minus GRAFT's, paired over seeds: {once}; with 7,680 images {twice}.")
     return "\n\n".join(parts)
-
-
-@part("chosen rivals")
-def chosen_rivals() -> str:
-    names = [f"`{chosen(method).replace('_', ' ')}`" for method in ("nft", "awm")]
-    return f"Chosen by this rule: {' and '.join(names)}."
 
 
 def rivals_figure() -> tuple[Figure, list]:
     """The rivals beside GRAFT: reward against images sampled and against model calls."""
-    arms = {twice: (label, style) for label, (_, twice, style) in RIVALS.items()}
-    arms |= {arm: COMPARED[arm] for arm in ("ddpo", "ddpo_steady")}
-    x_labels = {"images": "images sampled and scored", "calls": "model calls"}
-    return curves_figure(arms, x_labels, 4)
+    return curves_figure(CURVES, {"images": "images sampled and scored", "calls": "model calls"}, 4)
 
 
-# ---------------------------------------------------------------- how far a method goes
-
-WAYS = {  # script: (method, marker in the figure)
-    "graft.py": ("GRAFT", "C0o"),
-    "pgraft.py": ("P-GRAFT", "C1s"),
-    "benchmarks/diffusion_nft.py": ("DiffusionNFT", "C5P"),
-    "benchmarks/awm.py": ("AWM", "C6X"),
-}
-
-
-def frontier_points() -> list[dict]:
-    """{method, style, setting, records, strict, diversity, fit, kl}, means over seeds, of every arm of
-    "frontier", by method. kls: of each seed."""
-    points, kls = [], stored("path_kl")
-    for arm in ARMS["frontier"]:
-        records = runs(f"frontier/{arm}")
-        method, style = WAYS[records[0]["command"].split()[1]]
-        kl = [kls[f"frontier/{arm}__{record['seed']}"]["kl"] for record in records]
-        metrics = {"strict": "shapes_strict", "diversity": "diversity", "fit": "shapes_fit"}
-        cells = {name: float(mean_of(final(records, [metric])[0])) for name, metric in metrics.items()}
-        point = {"method": method, "style": style, "setting": settings_of(records[0]["command"])}
-        points.append(point | {"records": records, "kl": float(np.mean(kl)), "kls": kl} | cells)
-    order = [method for method, _ in WAYS.values()]
-    return sorted(points, key=lambda point: order.index(point["method"]))
+def frontier_points() -> list[tuple]:
+    """(method, setting, (strict, diversity) of each seed) of every arm of FRONTIER."""
+    return [
+        (method, setting, [tuple(map(float, final([r], ["shapes_strict", "diversity"]))) for r in runs(arm)])
+        for method, (_, arms) in FRONTIER.items()
+        for setting, arm in arms.items()
+    ]
 
 
-def undominated(points: list[dict], cost: str, sign: int) -> list[dict]:
-    """The points of which no other has at least as much strict and at most as much sign * cost, by cost."""
-    kept = []
-    for point in sorted(points, key=lambda p: (sign * p[cost], -p["strict"])):
-        if not kept or point["strict"] > kept[-1]["strict"]:
-            kept.append(point)
-    return kept
-
-
-@part("frontier")
-def frontier() -> str:
-    base = final(runs("frontier/graft")[:1], ["shapes_strict", "diversity", "shapes_fit"], "base")
-    rows = [["base", "", "", *base, "0"]]
-    for point in frontier_points():
-        records = point["records"]
-        cells = final(records, ["shapes_strict", "diversity", "shapes_fit"])
-        cost = [f"{records[0]['images']:,}", f"{records[0]['calls'] / 1000:.0f}"]
-        label = f"{point['method']}, {point['setting']} ({len(records)})"
-        rows.append([label, *cost, *cells, average(point["kls"])])
-    columns = ["", "images", "calls (thousands)", "strict", "diversity", "fit", "KL of the paths, nats"]
-    parts = [table(columns, rows)]
-    for words, cost, sign in (("more diversity", "diversity", -1), ("less KL", "kl", 1)):
-        best = undominated(frontier_points(), cost, sign)
-        names = "; ".join(f"{point['method']}, {point['setting']}" for point in best)
-        parts.append(f"No row has both more strict and {words} than one of these: {names}.")
-    return "\n\n".join(parts)
+def tried_points() -> list[tuple]:
+    """(method, setting, (strict, diversity)) of every arm of "tuning"."""
+    points = []
+    for arm in ARMS["tuning"]:
+        start = next(start for start in TRIED if arm.startswith(start))
+        spot = tuple(map(float, final(runs(f"tuning/{arm}"), ["shapes_strict", "diversity"])))
+        points.append((TRIED[start], arm.removeprefix(start).replace("_", " "), spot))
+    return points
 
 
 def frontier_figure() -> tuple[Figure, list]:
-    """Strict against diversity and against the KL of the sampling paths: a point for each setting, a line
-    along each method's best ones; the data."""
+    """Strict against diversity, on the left held out, on the right of the settings tried; the data."""
     figure, data = Figure(figsize=(9, 4.2), layout="constrained"), []
-    panels = {"diversity": ("diversity", -1), "kl": ("KL of the sampling paths to the base, nats", 1)}
-    base = [float(cell) for cell in final(runs("frontier/graft")[:1], ["shapes_strict", "diversity"], "base")]
-    for axis, (cost, (x_label, sign)) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
-        axis.plot(base[1] if cost == "diversity" else 0, base[0], "k*", label="base")
-        for method, style in WAYS.values():
-            points = [point for point in frontier_points() if point["method"] == method]
-            label = method
-            for point in points:
-                setting = point["setting"].strip("`").replace("--", "")
-                spot = (point[cost], point["strict"])
-                axis.plot(*spot, style, markersize=5, label=label)
-                axis.annotate(setting, spot, fontsize=4, xytext=(3, 2), textcoords="offset points")
-                data.append([method, setting, cost, *spot])
-                label = None
-            best = undominated(points, cost, sign)
-            axis.plot([p[cost] for p in best], [p["strict"] for p in best], style[:2] + "-", linewidth=0.8)
-        axis.set_xlabel(x_label)
-    figure.axes[0].invert_xaxis()  # further from the base to the right in both
-    figure.axes[0].set_ylabel("held-out strict reward")
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, fontsize=7)
+    left, right = figure.subplots(1, 2, sharey=True)
+    base = [float(cell) for cell in final(runs("compare/graft")[:1], ["shapes_strict", "diversity"], "base")]
+    left.plot(base[1], base[0], "k*", label="base")
+    labelled = set()
+    for method, setting, seeds in frontier_points():
+        mean, error = np.mean(seeds, 0), np.std(seeds, 0, ddof=1) / len(seeds) ** 0.5
+        label, style = None if method in labelled else method, FRONTIER[method][0]
+        left.errorbar(mean[1], mean[0], error[0], error[1], style, markersize=4, linewidth=0.8, label=label)
+        left.annotate(setting, (mean[1], mean[0]), fontsize=5, xytext=(3, 3), textcoords="offset points")
+        labelled.add(method)
+        data.append([method, setting, mean.tolist(), error.tolist()])
+    for method, setting, spot in tried_points():
+        right.plot(spot[1], spot[0], FRONTIER[method][0], markersize=4)
+        right.annotate(setting, spot[::-1], fontsize=4, xytext=(3, 2), textcoords="offset points")
+        data.append([method, setting, *spot])
+    left.set(xlabel="diversity", ylabel="strict reward", title="held-out prompts, three seeds")
+    right.set(xlabel="diversity", title="settings tried, validation prompts, one seed")
+    figure.legend(loc="outside lower center", ncols=7, fontsize=7)
     return figure, data
 
 
@@ -1011,7 +990,7 @@ def molecules_default() -> str:
 FIGURES = {  # file: (figure, data)
     "compare/compare.png": comparison_figure,
     "compare/rivals.png": rivals_figure,
-    "frontier/frontier.png": frontier_figure,
+    "compare/frontier.png": frontier_figure,
 }
 
 

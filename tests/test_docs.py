@@ -153,75 +153,49 @@ def test_where_graft_passed_ddpo(records):
     assert "0.500 after 100 (1/20.0) images, 2,000 (1/6.0) calls, 10 (1/10.0) seconds |" in last
 
 
-def finished(command, seed, rewards, diversity, device="some GPU"):
-    """A record of a rival or of the frontier."""
-    rows = [{"metric": name, "base": 0.2, "tuned": rewards[-1]} for name in tables.METRICS]
-    rows = [row | ({"tuned": diversity} if row["metric"] == "diversity" else {}) for row in rows]
-    record = budgeted(rewards, 100, 2000, 10.0) | {"results": {"table": rows}}
-    return record | {"command": f"python {command} --seed {seed}", "seed": seed, "hardware": device}
-
-
 @pytest.fixture
-def rivals(records):
+def rivals(records, monkeypatch):
     """GRAFT's strict reward is 0.9; DiffusionNFT's 0.1 less, AWM's 0.02 more with seed 0 and 0.06 with 1."""
-    for arm, twice, _ in tables.RIVALS.values():
-        script = {"nft": "benchmarks/diffusion_nft.py --beta 0.3", "awm": "benchmarks/awm.py"}.get(
-            arm, "graft.py"
-        )
-        gains = {"nft": (-0.1, -0.1), "awm": (0.02, 0.06)}.get(arm, (0, 0))
-        for name, rounds in ((arm, 1), (twice, 2)):
-            records[f"compare/{name}"] = [
-                finished(
-                    script, seed, [0.9 + gains[seed]] * rounds, 0.2, "CPU" if arm == "graft" else "some GPU"
-                )
-                for seed in (0, 1)
-            ]
-    for arm in ("graft_tuned", "ddpo", "ddpo_steady"):
-        records[f"compare/{arm}"] = [finished("graft.py", seed, [0.5, 0.7], 0.2, "CPU") for seed in (0, 1)]
+    gains = {"compare/nft": (-0.1, -0.1), "compare/awm": (0.02, 0.06), "compare/awm_twice": (0.02, 0.06)}
+    arms = [f"compare/{arm}" for arms in tables.RIVALS.values() for arm in arms]
+    arms += [arm for _, arms in tables.FRONTIER.values() for arm in arms.values()]
+    for arm in arms:
+        records[arm] = []
+        for seed, gain in enumerate(gains.get(arm, (0, 0))):
+            rows = [{"metric": name, "base": 0.2, "tuned": 0.9 + gain} for name in tables.METRICS]
+            record = budgeted([0.5, 0.9 + gain], 100, 2000, 10.0) | {"results": {"table": rows}}
+            records[arm].append(record | {"seed": seed})
+    tried = {"metric": "shapes_strict", "tuned": 0.7}, {"metric": "diversity", "tuned": 0.3}
+    records |= {f"tuning/{arm}": [{"results": {"table": tried}}] for arm in tables.ARMS["tuning"]}
+    kls = {f"compare/{arm}__{seed}": {"kl": 1.5 + seed} for arm in ("graft", "awm") for seed in (0, 1)}
+    monkeypatch.setattr(tables, "stored", {"path_kl": kls | {"compare/nft__0": {"kl": 9.0}}}.get)
     return records
 
 
 def test_table_of_the_rivals(rivals):
     first, second, text = tables.rivals().split("\n\n")
     assert len({line.count("|") for line in f"{first}\n{second}".splitlines()}) == 1
-    assert "| 100 images |" in first and "| 200 images |" in second and "DDPO" not in first
-    (nft,) = [line for line in second.splitlines() if line.startswith("| DiffusionNFT (2)")]
-    assert nft.split("|")[2:5] == [" 4 ", " 20 (GPU) ", " 0.800 ± 0.000 "]
-    assert "| GRAFT (2) | 2 | 10 | 0.900" in first and "| DDPO (2) | 4 | 20 | 0.700 ± 0.000 |" in second
-    gains = "DiffusionNFT -0.100 ± 0.000, AWM 0.040 ± 0.020 at"
-    assert text.startswith(
-        f"Strict minus GRAFT's, paired over seeds: {gains} 100 images; {gains} 200 images."
-    )
-    assert text.endswith("Settings of DiffusionNFT: `--beta 0.3`; of AWM: defaults.")
+    assert first.startswith("| 3,840 images |") and second.startswith("| 7,680 images |")
+    lines = {line.split("|")[1].strip(): line for line in first.splitlines()}
+    assert lines["DiffusionNFT (2)"].split("|")[2:4] == [" 4 ", " 0.800 ± 0.000 "]
+    assert lines["DiffusionNFT (2)"].endswith("|  |")  # the KL of one seed only is not shown
+    assert lines["AWM (2)"].endswith("| 2.000 ± 0.500 |") and lines["base"].endswith("| 0.200 | 0 |")
+    gains = "DiffusionNFT -0.100 ± 0.000, AWM 0.040 ± 0.020; with 7,680 images AWM 0.040 ± 0.020."
+    assert text == f"Strict minus GRAFT's, paired over seeds: {gains}"
     figure, data = tables.rivals_figure()
-    assert len(data) == 2 * (len(tables.RIVALS) + 2) and len(figure.axes) == 2
-    assert ["AWM", [100.0, 200.0], [0.94, 0.94], pytest.approx([0.02, 0.02])] in data
+    assert len(data) == 2 * len(tables.CURVES) and len(figure.axes) == 2
+    assert ["AWM", [100.0, 200.0], [0.5, 0.94], pytest.approx([0, 0.02])] in data
 
 
-def test_frontier(rivals, monkeypatch):
-    """Best by diversity: A and B; by KL: A and C; D is worse than A in everything."""
-    points = {"A": (0.8, 0.25, 1.0), "B": (0.9, 0.2, 9.0), "C": (0.9, 0.1, 2.0), "D": (0.7, 0.2, 3.0)}
-    monkeypatch.setitem(tables.ARMS, "frontier", dict.fromkeys([*points, "graft"]))
-    points["graft"] = (0.1, 0.01, 20.0)
-    kls = {}
-    for name, (strict, diversity, kl) in points.items():
-        command = "graft.py" if name == "graft" else f"benchmarks/awm.py --eval_every 0 --kl_old {name}"
-        rivals[f"frontier/{name}"] = [finished(command, seed, [strict], diversity) for seed in (0, 1)]
-        kls |= {f"frontier/{name}__{seed}": {"kl": kl + seed} for seed in (0, 1)}
-    monkeypatch.setattr(tables, "stored", {"path_kl": kls}.get)
-    rows, *lines = tables.frontier().split("\n\n")
-    assert (
-        "| AWM, `--kl_old A` (2) | 100 | 2 | 0.800 ± 0.000 | 0.250 ± 0.000 | 0.800 ± 0.000 | 1.500 ± 0.500 |"
-        in rows
-    )
-    assert rows.splitlines()[3].startswith("| GRAFT, defaults (2)")  # by method
-    assert lines[0].endswith("more diversity than one of these: AWM, `--kl_old A`; AWM, `--kl_old B`.")
-    assert lines[1].endswith("less KL than one of these: AWM, `--kl_old A`; AWM, `--kl_old C`.")
+def test_frontier(rivals):
     figure, data = tables.frontier_figure()
-    assert ["AWM", "kl_old C", "kl", 2.5, 0.9] in data and len(data) == 10
-    left, right = (axis.lines for axis in figure.axes)
-    assert any(list(line.get_xdata()) == [0.25, 0.2] for line in left)
-    assert any(list(line.get_xdata()) == [1.5, 2.5] for line in right)
+    held_out = sum(len(arms) for _, arms in tables.FRONTIER.values())
+    assert len(data) == held_out + len(tables.ARMS["tuning"])
+    (entry,) = [row for row in data if row[:2] == ["AWM", "penalty 0.4"]]
+    assert entry[2] == pytest.approx([0.94, 0.94]) and entry[3] == pytest.approx([0.02, 0.02])
+    assert ["DDPO", "lr 1e-3 clip 1e-4", 0.7, 0.3] in data and ["GRAFT", "default", 0.7, 0.3] in data
+    assert any(list(line.get_xdata()) == [0.94] for line in figure.axes[0].lines)
+    assert all(list(line.get_xdata()) == [0.3] for line in figure.axes[1].lines)
 
 
 # ---------------------------------------------------------------- form, links, images
@@ -363,10 +337,10 @@ def parse_flags(module, flags):
         tyro.cli(module.Args, args=flags, use_underscores=True)
         return
     source = (ROOT / module.__file__).read_text(encoding="utf-8")
-    for before, word in zip(["", *flags], flags):
+    for word in flags:
         if word.startswith("--"):
             assert f'"{word}"' in source, word
-        elif module.__name__ == "run" and before not in ("--device", "--jobs", "--minutes", "--seeds"):
+        elif module.__name__ == "run":
             module.choose([word])
 
 
