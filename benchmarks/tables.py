@@ -930,7 +930,6 @@ def frontier_figure() -> tuple[Figure, list]:
         data.append([method, setting, mean.tolist(), error.tolist()])
     for method, setting, spot in tried_points():
         right.plot(spot[1], spot[0], FRONTIER[method][0], markersize=4)
-        right.annotate(setting, spot[::-1], fontsize=4, xytext=(3, 2), textcoords="offset points")
         data.append([method, setting, *spot])
     left.set(xlabel="diversity", ylabel="strict reward", title="held-out prompts, three seeds")
     right.set(xlabel="diversity", title="settings tried, validation prompts, one seed")
