@@ -4,8 +4,8 @@ Run: python benchmarks/evaluate.py <run folder>                      (as the run
      python benchmarks/evaluate.py <run folder> --prompts my.txt --steps 20
      python benchmarks/evaluate.py <run folder> --switch 0.4         (the base model from this level on)
 Base and tuned model make their images from the same seeds. Of a noise policy, "standard" is the model with
-standard noise, "learnt" the model with the policy's. A run folder of benchmarks/ddpo.py is evaluated like
-one of graft.py.
+standard noise, "learnt" the model with the policy's. A run folder of ddpo.py, diffusion_nft.py or awm.py is
+evaluated like one of graft.py.
 Result: the paired table, printed; results.json and grid.png in --output.
 """
 

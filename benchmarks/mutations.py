@@ -53,6 +53,7 @@ TORCHRUN = "tests/test_torchrun.py"
 INVERSE, FAMILIES = "tests/test_inverse_noise_correction.py", "tests/test_families.py"
 REWARDS, MODELS, DDPO = "tests/test_rewards.py", "tests/test_reward_models.py", "tests/test_ddpo.py"
 FOLDERS, OCR = "tests/test_model_folders.py", "tests/test_ocr.py"
+NFT, AWM, KL = "tests/test_diffusion_nft.py", "tests/test_awm.py", "tests/test_path_kl.py"
 TWO_STEPS = f"{PIPELINE} -k 'test_sample_equals_stock_pipeline and 4'"
 MOLECULES = "tests/test_molecules.py"
 LAYOUTS, PAGE_JUDGE = "tests/test_layouts.py", "tests/test_layouts_judge.py"
@@ -67,6 +68,9 @@ CHEAP_FIRST = (
     REWARDS,
     OCR,
     DDPO,
+    NFT,
+    AWM,
+    KL,
     PIPELINE,
     INVERSE,
     NOISE,
@@ -799,6 +803,82 @@ TABLE = {
     ("benchmarks/ddpo.py", "advantages", f"{DDPO} -k advantages"): [
         ("rewards.mean(1, keepdim=True)", "rewards.mean()"),
         ("correction=0", "correction=1"),
+    ],
+    # ------------------------------------------------------------ DiffusionNFT
+    ("benchmarks/diffusion_nft.py", "optimality", f"{NFT} -k optimality"): [
+        ("rewards.mean(1, keepdim=True)", "rewards.mean()"),
+        ('if spread == "round" else', 'if spread == "prompt" else'),
+        ("rewards.std(1, correction=0", "rewards.std(1, correction=1"),
+        ("factor * deviation", "deviation"),
+        (".clamp(min=1e-6)", ""),
+        (".clamp(-1, 1)", ""),
+        ("0.5 + 0.5 *", "0.5 - 0.5 *"),
+    ],
+    ("benchmarks/diffusion_nft.py", "implicit_policies", f"{NFT} -k 'implicit or written or even_odds'"): [
+        ("(1 - beta) * v_old + beta * v,", "beta * v_old + (1 - beta) * v,"),
+        ("(1 + beta) * v_old - beta * v", "(1 - beta) * v_old + beta * v"),
+        ("(1 + beta) * v_old - beta * v", "(1 + beta) * v - beta * v_old"),
+    ],
+    ("benchmarks/diffusion_nft.py", "clean_prediction", f"{NFT} -k clean_prediction"): [
+        ("(x_t - sigma_t * prediction) / alpha_t", "x_t - sigma_t * prediction"),
+        ('if prediction_type == "v_prediction" else 1', "if True else 1"),
+        ("* x_t - sigma_t * prediction\n", "* x_t + sigma_t * prediction\n"),
+    ],
+    (
+        "benchmarks/diffusion_nft.py",
+        "contrastive_loss",
+        f"{NFT} -k 'written or gaussian or positive_branch'",
+    ): [
+        ("r * good + (1 - r) * bad", "(1 - r) * good + r * bad"),
+        ("r * good + (1 - r) * bad", "r * good - (1 - r) * bad"),
+        ("r * good + (1 - r) * bad", "r * good"),
+        ("error.detach().abs()", "error.abs()"),
+        ("error.detach().abs().mean(1)", "error.detach().abs().mean()"),
+        (".clamp(min=1e-5)", ""),
+        ("error.square().mean(1)", "error.square().sum(1)"),
+    ],
+    ("benchmarks/diffusion_nft.py", "kept_share", f"{NFT} -k kept_share"): [
+        ("min(rise * i, most)", "max(rise * i, most)"),
+        ("rise * i", "rise * (i - 1)"),
+    ],
+    ("benchmarks/diffusion_nft.py", "weights_set_to", f"{NFT} -k weights_come_back"): [
+        (
+            "            parameter.data = value\n        yield",
+            "            parameter.data = parameter\n        yield",
+        ),
+        ("zip(parameters, own)", "zip(parameters, values)"),
+    ],
+    # ------------------------------------------------------------ AWM
+    ("benchmarks/awm.py", "advantages", f"{AWM} -k advantages"): [
+        ("rewards - rewards.mean(1, keepdim=True)", "rewards - rewards.mean()"),
+        ('if spread == "round" else', 'if spread == "prompt" else'),
+        ("rewards.std(1, correction=0", "rewards.std(1, correction=1"),
+        (".clamp(min=1e-6)", ""),
+        (".clamp(-limit, limit)", ".clamp(max=limit)"),
+    ],
+    ("benchmarks/awm.py", "matching_loss", f"{AWM} -k matching_loss"): [
+        (".mean(1)", ".sum(1)"),
+        ("4 * sigma_t", "4"),
+        ("** 0.25", "** 0.5"),
+        ("square + 1e-10", "square"),
+    ],
+    ("benchmarks/awm.py", "ppo_loss", f"{AWM} -k 'clip_cuts or sampling_policy or grafts_gradient'"): [
+        ("(loss_old - loss).exp()", "(loss - loss_old).exp()"),
+        ("torch.minimum", "torch.maximum"),
+        ("1 - clip, 1 + clip", "1 - clip, 1 + 2 * clip"),
+        ("return -torch", "return torch"),
+    ],
+    # ------------------------------------------------------------ the KL of sampling paths
+    ("benchmarks/path_kl.py", "path_kl", f"{KL} -k 'chains or refused'"): [
+        ("(2 * std**2)", "std**2"),
+        ("(2 * std**2)", "(2 * std)"),
+        (".sum(1)", ".mean(1) * 2"),
+        ("x = tuned + std", "x = base + std"),
+        ("k < switch_at", "k <= switch_at"),
+        ("std * noise[k + 1]", "std * noise[k]"),
+    ],
+    ("benchmarks/path_kl.py", "measure", f"{KL} -k run_folders"): [
+        ("if (folder / SWITCH_FILE).is_file()", "if False"),
     ],
 }
 

@@ -21,9 +21,9 @@ the model.
 
 Folders: "graft", "pgraft", "noise_ppo", "inc", "molecules" and "layouts" hold the experiments of one script
 each. "compare" has all methods with a reward at about one budget of calls, and DDPO far beyond it. The
-settings of GRAFT and DDPO in "compare" were chosen from "tuning". The arms "valid_...", "guidance3_..." and
-all of "tuning" hold out prompts_valid.txt, a part of the training prompts, because settings may be chosen on
-these only.
+settings of GRAFT, DDPO, DiffusionNFT and AWM in "compare" were chosen from "tuning". The arms "valid_...",
+"guidance3_..." and all of "tuning" hold out prompts_valid.txt, a part of the training prompts, because
+settings may be chosen on these only.
 """
 
 import argparse
@@ -173,10 +173,16 @@ COMPARE = {
     "ddpo": Arm("benchmarks/ddpo.py"),
     # "ddpo" is the best setting after 8 tuning rounds and gets worse later; this is the best after 10
     "ddpo_steady": Arm("benchmarks/ddpo.py --clip 1e-3 --batch 64"),
+    "nft": Arm("benchmarks/diffusion_nft.py --beta 0.3"),
+    "awm": Arm("benchmarks/awm.py --kl_old 0.4"),
+    "graft_twice": Arm("graft.py --rounds 6"),
+    "nft_twice": Arm("benchmarks/diffusion_nft.py --beta 0.3 --rounds 6"),
+    "awm_twice": Arm("benchmarks/awm.py --kl_old 0.4 --rounds 6"),
 }
 LONG_DDPO = "benchmarks/ddpo.py --eval_samples 2 --rounds 10 --eval_every 5 --batch 64"
 SHORT_DDPO = "benchmarks/ddpo.py --eval_samples 2 --rounds 8 --eval_every 4"
 THRESHOLD = "graft.py --eval_samples 2 --rule threshold --threshold 1"
+NFT, AWM = "benchmarks/diffusion_nft.py --eval_samples 2", "benchmarks/awm.py --eval_samples 2"
 TUNING = {  # in the order in which they were tried
     "ddpo_lr_1e-3_clip_1e-4": f"{LONG_DDPO} --lr 1e-3 --clip 1e-4",
     "ddpo_lr_1e-3_clip_1e-3": f"{LONG_DDPO} --lr 1e-3 --clip 1e-3",
@@ -197,6 +203,16 @@ TUNING = {  # in the order in which they were tried
     ),
     "graft_lr_3e-3": "graft.py --eval_samples 2 --lr 3e-3",
     "graft_threshold_batch_32_120_updates": f"{THRESHOLD} --batch 32 --micro_batch 32 --updates 120",
+    "nft_beta_0.3": f"{NFT} --beta 0.3",
+    "nft_beta_1": f"{NFT} --beta 1",
+    "nft_beta_0.3_60_updates": f"{NFT} --beta 0.3 --updates 60",
+    "nft_beta_0.1": f"{NFT} --beta 0.1",  # the paper's for text in images
+    "nft_beta_0.3_lr_3e-3": f"{NFT} --beta 0.3 --lr 3e-3",
+    "awm_kl_0.4": f"{AWM} --kl_old 0.4",
+    "awm_kl_0.2": f"{AWM} --kl_old 0.2",
+    "awm_kl_1": f"{AWM} --kl_old 1",
+    "awm_kl_0.2_lr_5e-4": f"{AWM} --kl_old 0.2 --lr 5e-4",
+    "awm_kl_0.4_120_updates": f"{AWM} --kl_old 0.4 --updates 120",
 }
 TUNING = {name: Arm(f"{command} {VALID}", seeds=(0,)) for name, command in TUNING.items()}
 
@@ -247,6 +263,8 @@ QUICK = {  # flags that make a run short
     "noise_ppo.py": "--iterations 6 --eval_samples 2",
     "inverse_noise_correction.py": "--images 400 --updates 50 --eval_images 200 --no-longer",
     "benchmarks/ddpo.py": "--rounds 2 --eval_samples 2",
+    "benchmarks/diffusion_nft.py": "--rounds 1 --updates 20 --eval_samples 2",
+    "benchmarks/awm.py": "--rounds 1 --updates 20 --eval_samples 2",
     "molecules/graft_molecules.py": "--rounds 1 --updates 20 --eval_molecules 100",
     "layouts/pgraft_layouts.py": "--rounds 1 --updates 20 --eval_pages 80 --probe_groups 8",
 }
@@ -270,6 +288,9 @@ def cost(script: str, args: dict) -> tuple[int, int]:
     images = args["prompts_per_round"] * args["samples"]
     if script == "benchmarks/ddpo.py":  # the last step of the embedded model is not random: nothing to train
         return images, images * guided * (args["steps"] + 3 * args["epochs"] * (args["steps"] - 1))
+    if script in ("benchmarks/diffusion_nft.py", "benchmarks/awm.py"):  # also what did the sampling, the base
+        calls = 4 + (args.get("kl_base", 0) > 0)
+        return images, guided * (images * args["steps"] + calls * args["updates"] * args["batch"])
     return images, guided * (images * args["steps"] + 3 * args["updates"] * args["batch"])
 
 
@@ -327,8 +348,9 @@ class Options:
 
 
 def execute(command: list[str]) -> None:
-    """`python <command>` in ROOT on one thread. RuntimeError with the end of its error output if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    """`python <command>` in ROOT on one thread of the CPU, as the records say. RuntimeError with the end
+    of its error output if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, **pipes)
     if done.returncode:

@@ -780,12 +780,12 @@ def tuning() -> str:
     return table(["tried on validation prompts", "images", "calls (thousands)", "strict"], rows)
 
 
-def comparison_figure() -> tuple[Figure, list]:
-    """Held-out reward against images sampled and against seconds, with its standard error; the data."""
+def curves_figure(arms: dict[str, tuple], x_labels: dict[str, str], columns: int) -> tuple[Figure, list]:
+    """Held-out reward against costs, with its standard error; the data. arms: of "compare", {arm: (label,
+    line)}; x_labels: {cost: label}, a panel each; columns: of the legend."""
     figure, data = Figure(figsize=(9, 3.6), layout="constrained"), []
-    x_labels = {"images": "images sampled and scored", "seconds": "seconds on one CPU thread"}
     for axis, (cost, x_label) in zip(figure.subplots(1, 2, sharey=True), x_labels.items()):
-        for arm, (label, style) in COMPARED.items():
+        for arm, (label, style) in arms.items():
             x = mean_curve(arm)[cost]
             y = np.array([[point["reward"] for point in r["curve"]] for r in runs(f"compare/{arm}")])
             mean, error = y.mean(0), y.std(0, ddof=1) / len(y) ** 0.5
@@ -799,7 +799,141 @@ def comparison_figure() -> tuple[Figure, list]:
         axis.minorticks_off()
     figure.axes[0].set_ylabel("held-out strict reward")
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=7)
+    return figure, data
+
+
+def comparison_figure() -> tuple[Figure, list]:
+    """All methods: reward against images sampled and against seconds."""
+    x_labels = {"images": "images sampled and scored", "seconds": "seconds on one CPU thread"}
+    return curves_figure(COMPARED, x_labels, 4)
+
+
+# ---------------------------------------------------------------- the strongest rivals
+
+RIVALS = {  # images: {arm of "compare": label}
+    "3,840": {
+        "none": COMPARED["none"][0],
+        "graft": "GRAFT",
+        "pgraft": COMPARED["pgraft"][0],
+        "nft": "DiffusionNFT",
+        "awm": "AWM",
+    },
+    "7,680": {
+        "graft_twice": "GRAFT",
+        "graft_tuned": "GRAFT, tuned",
+        "awm_twice": "AWM",
+        "ddpo": "DDPO",
+        "ddpo_steady": COMPARED["ddpo_steady"][0],
+    },
+}
+CURVES = {  # arm: (label, line in the figure)
+    "none": COMPARED["none"],
+    "graft_twice": ("GRAFT", "C0o-"),
+    "graft_tuned": COMPARED["graft_tuned"],
+    "pgraft": COMPARED["pgraft"],
+    "nft": ("DiffusionNFT", "C5P-"),
+    "awm_twice": ("AWM", "C6X-"),
+    "ddpo": COMPARED["ddpo"],
+    "ddpo_steady": COMPARED["ddpo_steady"],
+}
+FRONTIER = {  # method: (marker, {setting: folder/arm})
+    "control": ("kv", {"no selection": "compare/none"}),
+    "GRAFT": (
+        "C0o",
+        {
+            "preference": "graft/preference",
+            "best of 8": "compare/graft",
+            "threshold": "graft/threshold",
+            "best of 8, 6 rounds": "compare/graft_twice",
+            "tuned, 6 rounds": "compare/graft_tuned",
+        },
+    ),
+    "P-GRAFT": ("C1s", {f"level {level}": f"pgraft/default_x0_{level}" for level in (0.2, 0.4, 0.5, 0.7)}),
+    "DiffusionNFT": ("C5P", {"β 0.3": "compare/nft"}),
+    "AWM": ("C6X", {"penalty 0.4": "compare/awm", "penalty 0.4, 6 rounds": "compare/awm_twice"}),
+    "DDPO": ("C3d", {"clip 1e-2": "compare/ddpo", "clip 1e-3": "compare/ddpo_steady"}),
+}
+TRIED = {"graft_": "GRAFT", "nft_": "DiffusionNFT", "awm_": "AWM", "ddpo_": "DDPO"}  # arms of "tuning"
+
+
+def path_kl(arm: str) -> str:
+    """The KL of the sampling paths of an arm of "compare" to the base's, nats; "" if it was not measured."""
+    kls = [stored("path_kl").get(f"compare/{arm}__{record['seed']}") for record in runs(f"compare/{arm}")]
+    return average([kl["kl"] for kl in kls]) if all(kls) else ""
+
+
+def paired_gain(arm: str, other: str) -> str:
+    """Strict of an arm minus that of another, averaged over the seeds that both have."""
+    ends = [
+        {r["seed"]: final([r], ["shapes_strict"])[0] for r in runs(f"compare/{name}")}
+        for name in (arm, other)
+    ]
+    seeds = ends[0].keys() & ends[1].keys()
+    return average([float(ends[0][seed]) - float(ends[1][seed]) for seed in sorted(seeds)])
+
+
+@part("rivals")
+def rivals() -> str:
+    parts = []
+    for images, arms in RIVALS.items():
+        rows = [["base", "", *final(runs("compare/graft")[:1], column="base"), "0"]]
+        for arm, label in arms.items():
+            records = runs(f"compare/{arm}")
+            calls = f"{records[0]['calls'] / 1000:.0f}"
+            rows.append([f"{label} ({len(records)})", calls, *final(records), path_kl(arm)])
+        columns = [f"{images} images", "calls (thousands)", *METRICS.values()]
+        parts.append(table([*columns, "KL of the paths, nats"], rows))
+    once = f"DiffusionNFT {paired_gain('nft', 'graft')}, AWM {paired_gain('awm', 'graft')}"
+    twice = f"AWM {paired_gain('awm_twice', 'graft_twice')}"
+    parts.append(f"Strict minus GRAFT's, paired over seeds: {once}; with 7,680 images {twice}.")
+    return "\n\n".join(parts)
+
+
+def rivals_figure() -> tuple[Figure, list]:
+    """The rivals beside GRAFT: reward against images sampled and against model calls."""
+    return curves_figure(CURVES, {"images": "images sampled and scored", "calls": "model calls"}, 4)
+
+
+def frontier_points() -> list[tuple]:
+    """(method, setting, (strict, diversity) of each seed) of every arm of FRONTIER."""
+    return [
+        (method, setting, [tuple(map(float, final([r], ["shapes_strict", "diversity"]))) for r in runs(arm)])
+        for method, (_, arms) in FRONTIER.items()
+        for setting, arm in arms.items()
+    ]
+
+
+def tried_points() -> list[tuple]:
+    """(method, setting, (strict, diversity)) of every arm of "tuning"."""
+    points = []
+    for arm in ARMS["tuning"]:
+        start = next(start for start in TRIED if arm.startswith(start))
+        spot = tuple(map(float, final(runs(f"tuning/{arm}"), ["shapes_strict", "diversity"])))
+        points.append((TRIED[start], arm.removeprefix(start).replace("_", " "), spot))
+    return points
+
+
+def frontier_figure() -> tuple[Figure, list]:
+    """Strict against diversity, on the left held out, on the right of the settings tried; the data."""
+    figure, data = Figure(figsize=(9, 4.2), layout="constrained"), []
+    left, right = figure.subplots(1, 2, sharey=True)
+    base = [float(cell) for cell in final(runs("compare/graft")[:1], ["shapes_strict", "diversity"], "base")]
+    left.plot(base[1], base[0], "k*", label="base")
+    labelled = set()
+    for method, setting, seeds in frontier_points():
+        mean, error = np.mean(seeds, 0), np.std(seeds, 0, ddof=1) / len(seeds) ** 0.5
+        label, style = None if method in labelled else method, FRONTIER[method][0]
+        left.errorbar(mean[1], mean[0], error[0], error[1], style, markersize=4, linewidth=0.8, label=label)
+        left.annotate(setting, (mean[1], mean[0]), fontsize=5, xytext=(3, 3), textcoords="offset points")
+        labelled.add(method)
+        data.append([method, setting, mean.tolist(), error.tolist()])
+    for method, setting, spot in tried_points():
+        right.plot(spot[1], spot[0], FRONTIER[method][0], markersize=4)
+        data.append([method, setting, *spot])
+    left.set(xlabel="diversity", ylabel="strict reward", title="held-out prompts, three seeds")
+    right.set(xlabel="diversity", title="settings tried, validation prompts, one seed")
+    figure.legend(loc="outside lower center", ncols=7, fontsize=7)
     return figure, data
 
 
@@ -894,7 +1028,11 @@ def layouts() -> str:
 
 # ---------------------------------------------------------------- the pages
 
-FIGURES = {"compare/compare.png": comparison_figure}  # file: (figure, data)
+FIGURES = {  # file: (figure, data)
+    "compare/compare.png": comparison_figure,
+    "compare/rivals.png": rivals_figure,
+    "compare/frontier.png": frontier_figure,
+}
 
 
 def read_pages() -> dict[str, str]:

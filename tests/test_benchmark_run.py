@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
+import awm
 import common
 import ddpo
+import diffusion_nft
 import graft
 import inverse_noise_correction
 import noise_ppo
@@ -26,6 +28,8 @@ ARGS = {
     "noise_ppo.py": noise_ppo.Args,
     "inverse_noise_correction.py": inverse_noise_correction.Args,
     "benchmarks/ddpo.py": ddpo.Args,
+    "benchmarks/diffusion_nft.py": diffusion_nft.Args,
+    "benchmarks/awm.py": awm.Args,
     "molecules/graft_molecules.py": graft_molecules.Args,
     "layouts/pgraft_layouts.py": pgraft_layouts.Args,
 }
@@ -34,6 +38,8 @@ FLAGS = {
     "pgraft.py": "--switch 0.5 --eta 1",
     "noise_ppo.py": "--iterations 2 --prompts_per_iteration 3 --no-controls --eval_steps 4",
     "benchmarks/ddpo.py": "--epochs 2",
+    "benchmarks/diffusion_nft.py": "",
+    "benchmarks/awm.py": "--kl_base 0.5",
 }
 EVERY_RECORD = [
     (folder, name, seed) for folder in ARMS for name, arm in ARMS[folder].items() for seed in arm.seeds
@@ -180,6 +186,7 @@ def test_execute_says_what_failed():
     with pytest.raises(RuntimeError, match="python -c import sys; sys.exit"):
         run.execute(["-c", "import sys; sys.exit('no good')"])
     run.execute(["-c", "import os; assert os.environ['OMP_NUM_THREADS'] == '1'"])
+    run.execute(["-c", "import os; assert os.environ['CUDA_VISIBLE_DEVICES'] == ''"])
 
 
 @pytest.mark.parametrize(
@@ -257,6 +264,9 @@ def test_budgets_of_the_stored_records_are_those_of_their_settings():
     assert run.load("compare", "graft_tuned")[0]["calls"] == 6 * run.cost("graft.py", tuned)[1]
     noise = {"prompts_per_iteration": 64, "samples": 8, "steps": 4, "guidance": 1.0}
     assert run.load("compare", "noise_ppo")[0]["calls"] == 36 * run.cost("noise_ppo.py", noise)[1]
+    rival = defaults | {"updates": 120, "kl_base": 0.1}
+    assert run.cost("benchmarks/diffusion_nft.py", defaults | {"updates": 120})[1] == 12800 + 4 * 120 * 64
+    assert run.cost("benchmarks/awm.py", rival)[1] == 12800 + 5 * 120 * 64
     policy = {"prompts_per_round": 80, "samples": 8, "steps": 10, "guidance": 1.0, "epochs": 1}
     assert run.load("compare", "ddpo")[0]["calls"] == 12 * run.cost("benchmarks/ddpo.py", policy)[1]
 

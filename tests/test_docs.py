@@ -154,6 +154,51 @@ def test_where_graft_passed_ddpo(records):
     assert "0.500 after 100 (1/20.0) images, 2,000 (1/6.0) calls, 10 (1/10.0) seconds |" in last
 
 
+@pytest.fixture
+def rivals(records, monkeypatch):
+    """GRAFT's strict reward is 0.9; DiffusionNFT's 0.1 less, AWM's 0.02 more with seed 0 and 0.06 with 1."""
+    gains = {"compare/nft": (-0.1, -0.1), "compare/awm": (0.02, 0.06), "compare/awm_twice": (0.02, 0.06)}
+    arms = [f"compare/{arm}" for arms in tables.RIVALS.values() for arm in arms]
+    arms += [arm for _, arms in tables.FRONTIER.values() for arm in arms.values()]
+    for arm in arms:
+        records[arm] = []
+        for seed, gain in enumerate(gains.get(arm, (0, 0))):
+            rows = [{"metric": name, "base": 0.2, "tuned": 0.9 + gain} for name in tables.METRICS]
+            record = budgeted([0.5, 0.9 + gain], 100, 2000, 10.0) | {"results": {"table": rows}}
+            records[arm].append(record | {"seed": seed})
+    tried = {"metric": "shapes_strict", "tuned": 0.7}, {"metric": "diversity", "tuned": 0.3}
+    records |= {f"tuning/{arm}": [{"results": {"table": tried}}] for arm in tables.ARMS["tuning"]}
+    kls = {f"compare/{arm}__{seed}": {"kl": 1.5 + seed} for arm in ("graft", "awm") for seed in (0, 1)}
+    monkeypatch.setattr(tables, "stored", {"path_kl": kls | {"compare/nft__0": {"kl": 9.0}}}.get)
+    return records
+
+
+def test_table_of_the_rivals(rivals):
+    first, second, text = tables.rivals().split("\n\n")
+    assert len({line.count("|") for line in f"{first}\n{second}".splitlines()}) == 1
+    assert first.startswith("| 3,840 images |") and second.startswith("| 7,680 images |")
+    lines = {line.split("|")[1].strip(): line for line in first.splitlines()}
+    assert lines["DiffusionNFT (2)"].split("|")[2:4] == [" 4 ", " 0.800 ± 0.000 "]
+    assert lines["DiffusionNFT (2)"].endswith("|  |")  # the KL of one seed only is not shown
+    assert lines["AWM (2)"].endswith("| 2.000 ± 0.500 |") and lines["base"].endswith("| 0.200 | 0 |")
+    gains = "DiffusionNFT -0.100 ± 0.000, AWM 0.040 ± 0.020; with 7,680 images AWM 0.040 ± 0.020."
+    assert text == f"Strict minus GRAFT's, paired over seeds: {gains}"
+    figure, data = tables.rivals_figure()
+    assert len(data) == 2 * len(tables.CURVES) and len(figure.axes) == 2
+    assert ["AWM", [100.0, 200.0], [0.5, 0.94], pytest.approx([0, 0.02])] in data
+
+
+def test_frontier(rivals):
+    figure, data = tables.frontier_figure()
+    held_out = sum(len(arms) for _, arms in tables.FRONTIER.values())
+    assert len(data) == held_out + len(tables.ARMS["tuning"])
+    (entry,) = [row for row in data if row[:2] == ["AWM", "penalty 0.4"]]
+    assert entry[2] == pytest.approx([0.94, 0.94]) and entry[3] == pytest.approx([0.02, 0.02])
+    assert ["DDPO", "lr 1e-3 clip 1e-4", 0.7, 0.3] in data and ["GRAFT", "default", 0.7, 0.3] in data
+    assert any(list(line.get_xdata()) == [0.94] for line in figure.axes[0].lines)
+    assert all(list(line.get_xdata()) == [0.3] for line in figure.axes[1].lines)
+
+
 # ---------------------------------------------------------------- form, links, images
 
 

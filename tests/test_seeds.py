@@ -26,9 +26,11 @@ import layouts.model
 import molecules.model
 import noise_ppo
 import pgraft
+from awm import Args as AwmArgs
 from common import derived_seed
 from conftest import ROOT, arguments_for, run_inside
 from ddpo import Args as DdpoArgs
+from diffusion_nft import Args as NftArgs
 from layouts import pgraft_layouts
 from molecules import graft_molecules
 from utils.runs import InputError
@@ -75,6 +77,15 @@ CALLS = {
         "args.seed, r, i, j": ["SEED round prompt sample"],
         "args.seed, 'update', r": ["SEED update round"],
     },
+    "benchmarks/diffusion_nft": {
+        "args.seed, r, i, j": ["SEED round prompt sample"],
+        "args.seed, 'update', r": ["SEED update round"],
+    },
+    "benchmarks/awm": {
+        "args.seed, r, i, j": ["SEED round prompt sample"],
+        "args.seed, 'update', r": ["SEED update round"],
+    },
+    "benchmarks/path_kl": {"'eval', i, j": ["eval prompt sample"]},
     "benchmarks/base": {"tag, i, j": ["eval prompt sample", "best prompt sample"]},
     "molecules/graft_molecules": {
         "'eval', i": ["eval molecule"],
@@ -111,6 +122,9 @@ RUNS = {  # script: the kinds of key that meet in one of its runs
     "noise_ppo": [*TUNING, "temperature prompt sample"],
     "inverse_noise_correction": sum(CALLS["inverse_noise_correction"].values(), []),
     "benchmarks/ddpo": TUNING,
+    "benchmarks/diffusion_nft": TUNING,
+    "benchmarks/awm": TUNING,
+    "benchmarks/path_kl": ["eval prompt sample"],
     "benchmarks/base": ["eval prompt sample", "best prompt sample"],
     "benchmarks/evaluate": ["eval prompt sample"],
     "fashion/train": ["SEED feature_network image", "SEED flow image", "split", "data_noise train"],
@@ -156,7 +170,9 @@ def test_numbers_are_in_their_ranges():
     """The largest values of NUMBERS are those that the settings allow."""
     inc = inverse_noise_correction.Args
     most = [
-        (cls, name, 10**4) for cls in (graft.Args, pgraft.Args, DdpoArgs) for name in ("rounds", "samples")
+        (cls, name, 10**4)
+        for cls in (graft.Args, pgraft.Args, DdpoArgs, NftArgs, AwmArgs)
+        for name in ("rounds", "samples")
     ]
     most += [(cls, "eval_samples", 10**4) for cls in (graft.Args, pgraft.Args, noise_ppo.Args, DdpoArgs)]
     most += [(graft_molecules.Args, "rounds", 10**4), (graft_molecules.Args, "eval_molecules", 10**6)]
@@ -251,7 +267,7 @@ def test_no_two_keys_of_a_run_collide():
                 # the seeds of a probe's restarts are random numbers
                 if needed is not None and "HASH" not in f"{pair}":
                     found.setdefault(pair, []).append((script, needed))
-    tuned = ("graft", "pgraft", "noise_ppo", "benchmarks/ddpo")
+    tuned = ("graft", "pgraft", "noise_ppo", "benchmarks/ddpo", "benchmarks/diffusion_nft", "benchmarks/awm")
     unlucky = {"SEED low": 1702257004}
     assert found == {
         ("eval prompt sample", "SEED round prompt sample"): [(script, unlucky) for script in tuned],
@@ -293,6 +309,8 @@ FLAGS = {
     "benchmarks/ddpo": "--rounds 3 --epochs 2",
     "layouts/pgraft_layouts": "--device cpu --rounds 3 --groups_per_round 6 --samples 3 --steps 3 --updates 2"
     " --batch 4 --eval_pages 80 --probe_groups 3 --probe_restarts 2",
+    "benchmarks/diffusion_nft": "--rounds 3",
+    "benchmarks/awm": "--rounds 3",
     "molecules/graft_molecules": "--device cpu --rounds 3 --atoms 1 2 --groups_per_round 6 --samples 3"
     " --steps 3 --updates 2 --batch 4 --eval_molecules 20",
 }
@@ -359,6 +377,7 @@ def test_no_noise_is_drawn_twice(script, seeds, tiny_arguments, tmp_path, monkey
     run's. All keys are of the kinds of RUNS."""
     monkeypatch.chdir(tmp_path)
     args_class = {"noise_ppo": noise_ppo.Args, "benchmarks/ddpo": DdpoArgs, "pgraft": pgraft.Args}
+    args_class |= {"benchmarks/diffusion_nft": NftArgs, "benchmarks/awm": AwmArgs}
     argv = arguments_for(args_class.get(script, graft.Args), tiny_arguments)
     # with no pipeline
     others = ("inverse_noise_correction", "molecules/graft_molecules", "layouts/pgraft_layouts")
