@@ -176,7 +176,6 @@ COMPARE = {
     "nft": Arm("benchmarks/diffusion_nft.py --beta 0.3"),
     "awm": Arm("benchmarks/awm.py --kl_old 0.4"),
     "graft_twice": Arm("graft.py --rounds 6"),
-    "nft_twice": Arm("benchmarks/diffusion_nft.py --beta 0.3 --rounds 6"),
     "awm_twice": Arm("benchmarks/awm.py --kl_old 0.4 --rounds 6"),
 }
 LONG_DDPO = "benchmarks/ddpo.py --eval_samples 2 --rounds 10 --eval_every 5 --batch 64"
