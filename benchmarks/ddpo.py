@@ -185,12 +185,12 @@ def sample_trajectories(model, noise, text, grid, args):
 # ================================================================ the run
 
 
-def prepare(args):
-    """Check all that needs no diffusion model, then load the rewards that are models.
+def prepare(args, learning_rates=LEARNING_RATES):
+    """Check all that needs no diffusion model, then load the rewards that are models. Also of the rivals.
     Returns (args without gaps, training prompts, held-out prompts, rewards, hashes of what the run reads).
     rewards[0] is optimised."""
     check_output(args.output, args.resume)
-    args = with_family_defaults(args, lr=LEARNING_RATES)
+    args = with_family_defaults(args, lr=learning_rates)
     args.device = check_device(args.device, args.dtype)
     rewards = read_rewards(args.reward, args.eval_rewards)
     inputs = [args.model, args.model_config, *prompt_files(args.prompts, args.eval_prompts)]

@@ -35,33 +35,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import (
-    DTYPES,
-    EMBEDDED,
-    Device,
-    Model,
-    by_family,
-    check_device,
-    check_finite,
-    derived_seed,
-    schedule_prompts,
-    with_family_defaults,
-)
+from common import EMBEDDED, Device, by_family, check_finite, derived_seed, load_model, schedule_prompts
+from ddpo import prepare
 from graft import evaluate, guided_prediction, sample_and_score, training_target
-from rewards import read_rewards
 from utils.figures import save_grid
-from utils.prompts import TRAIN_PROMPTS, read_prompt_sets
-from utils.runs import (
-    check_output,
-    check_range,
-    log_metrics,
-    make_run_folder,
-    restore,
-    run_script,
-    write_results,
-)
+from utils.prompts import TRAIN_PROMPTS
+from utils.runs import check_range, log_metrics, make_run_folder, restore, run_script, write_results
 
-LEARNING_RATES = (1e-3, 3e-4, 3e-4, 3e-4)  # by family; the paper's for SD 3
+LEARNING_RATES = (1e-3, 3e-4, 3e-4)  # embedded model, other U-Nets, flows; the paper's for SD 3
 
 
 @dataclass
@@ -71,11 +52,14 @@ class Args:
     seed: int = 0  # seed of the training run; evaluation images do not depend on it
     output: str = ""  # run folder; left out: runs/<script>__<model>__<seed>__<time>
     resume: str = ""  # run folder to continue; every other argument is taken from it
-    device: Device = "auto"  # auto: CUDA if there is one
+    device: Device = "auto"  # auto: CUDA or MPS if there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen model; the LoRA is always float32
 
-    model: str = EMBEDDED  # folder or hub id of a Stable Diffusion 1.x, 2.x, XL or 3.x pipeline
+    model: str = EMBEDDED  # folder or hub id of a pipeline, or one file: SD 1.x to 3.x, FLUX.1, FLUX.2 klein
+    model_config: str = ""  # folder or hub id of a pipeline with the configuration of a file as --model
     t5: bool = True  # SD 3: load the third text encoder
+    height: int | None = None  # of the images in pixels; None: as the stock pipeline has it
+    width: int | None = None
     prompts: str = TRAIN_PROMPTS  # .txt (one a line), .csv, .tsv or .jsonl; file.csv:column
     eval_prompts: str = ""  # held-out prompts; left out: the shapes ones, or every tenth of --prompts
     eval_samples: int = 4  # images per held-out prompt
@@ -118,6 +102,8 @@ class Args:
         check_range(self, "seed", 0, 2**63 - 1)
         check_range(self, "eval_samples", 2, 10**4)
         check_range(self, "eval_every", 0, 10**9)
+        check_range(self, "height", 8, 10**4)
+        check_range(self, "width", 8, 10**4)
         check_range(self, "steps", 1, 999)
         check_range(self, "guidance", 1, 10**6)
         check_range(self, "eta", 0, 1)
@@ -200,38 +186,24 @@ def weights_set_to(parameters, values):
 # ================================================================ the run
 
 
-def prepare(args):
-    """Check all that needs no diffusion model, then load the rewards that are models.
-    Returns (args without gaps, training prompts, held-out prompts, rewards). rewards[0] is optimised."""
-    check_output(args.output, args.resume)
-    args = with_family_defaults(args, lr=LEARNING_RATES)
-    args.device = check_device(args.device, args.dtype)
-    prompts, held_out = read_prompt_sets(args.prompts, args.eval_prompts)
-    rewards = read_rewards(args.reward, args.eval_rewards)
-    for reward in rewards:
-        reward.check_prompts(prompts, "--prompts")
-        reward.check_prompts(held_out, "--eval_prompts")
-    for reward in rewards:
-        reward.load(args.reward_device, args.reward_dtype, args.reward_batch)
-    return args, prompts, held_out, rewards
-
-
 def main(args):
-    args, prompts, held_out, rewards = prepare(args)
+    args, prompts, held_out, rewards, inputs = prepare(args, LEARNING_RATES)
     schedule = schedule_prompts(len(prompts), args.prompts_per_round, args.rounds, args.seed)
-    model = Model(args.model, args.device, DTYPES[args.dtype], args.t5)
+    model = load_model(args)
     model.timesteps(args.steps)  # only to refuse numbers of steps that the sampler cannot take
     parameters = model.add_lora(args.lora_rank, args.lora_alpha, args.lora_targets, args.seed)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     scaler = torch.amp.GradScaler(args.device, enabled=False)
-    folder = make_run_folder(args, "diffusion_nft", args.model, args.seed)
+    folder = make_run_folder(args, "diffusion_nft", args.model, args.seed, inputs)
     per_round = len(schedule[0]) * args.samples
     print(f"""DiffusionNFT -> {folder}
   sampling   {args.rounds} rounds x {len(schedule[0])} prompts x {args.samples} = {args.rounds * per_round} \
 images, {args.steps} steps, eta {args.eta:g}
   update     {args.rounds} rounds x {args.updates} updates x {args.batch} images, beta {args.beta:g}, \
 {args.loss}, lr {args.lr:g}""")
-    model.remember(["", *held_out, *(prompts[i] for i in sorted({i for ids in schedule for i in ids}))])
+    texts = [*held_out, *(prompts[i] for i in sorted({i for ids in schedule for i in ids}))]
+    model.warn_of_cut(texts)
+    model.remember(["", *texts])
     state, save = restore(args, folder, model, optimizer, scaler)
     state.setdefault("old", [parameter.detach().cpu().clone() for parameter in parameters])
     run_start = time.perf_counter() - state["seconds"]

@@ -29,14 +29,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import (
-    DTYPES,
     LORA_FILE,
     ROOT,
     SWITCH_FILE,
-    Model,
     check_device,
     derived_seed,
     draw_noise,
+    load_model,
     read_switch,
 )
 from ddpo import step_distribution
@@ -75,8 +74,9 @@ def measure(folder, device):
     InputError for a folder without a LoRA."""
     if not (folder / LORA_FILE).is_file() or not (folder / "args.json").is_file():
         raise InputError(f"{folder}: has no args.json and {LORA_FILE}; give the folder of a finished run")
-    args = SimpleNamespace(**json.loads((folder / "args.json").read_text(encoding="utf-8")))
-    model = Model(args.model, device, DTYPES[args.dtype], args.t5)
+    stored = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+    args = SimpleNamespace(**stored | {"device": device})
+    model = load_model(args)
     model.load_lora(str(folder))
     grid, switch_at = model.timesteps(args.steps), args.steps
     if (folder / SWITCH_FILE).is_file():
