@@ -2,7 +2,7 @@
 
 Alignment and overlap are those of LayoutGAN++ (arXiv 2108.00871), times 100 as in the tables of LayoutDM
 (arXiv 2303.08137); smaller is better, 0 is the best. The feature network was trained to tell how a page was
-disturbed (`disturb`), if it was.
+disturbed (`disturb` of train.py), if it was.
 """
 
 import json
@@ -106,29 +106,6 @@ class FeatureNet(nn.Module):
             net = cls(json.loads(stored.metadata()["layers"]))
             net.load_state_dict({name: stored.get_tensor(name).float() for name in stored.keys()})
         return net.eval().requires_grad_(False)
-
-
-def disturb(boxes, kind, which, generator=None):
-    """Pages (n, rows, 4) disturbed in the way `which` (n,), numbers of DISTURBANCES: not at all; some boxes
-    moved; some resized; the classes of a page dealt anew; some boxes replaced by those of another page in the
-    same row. Returns (boxes, kind). "Some" is a third of a page's boxes."""
-    n, rows = kind.shape
-    device = boxes.device
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, device=device)
-
-    spread = 10 ** (-2.3 + 1.3 * torch.rand(n, 1, 1, generator=generator, device=device))  # 0.005 to 0.1
-    some = (torch.rand(n, rows, 1, generator=generator, device=device) < 0.35) & (kind >= 0).unsqueeze(2)
-    which = which.view(-1, 1, 1)
-    moved = boxes[..., :2] + spread * normal(n, rows, 2) * (some & (which == 1))
-    resized = boxes[..., 2:] * (4 * spread * normal(n, rows, 2)).exp().where(some & (which == 2), 1.0)
-    order = torch.rand(n, rows, generator=generator, device=device).masked_fill(kind < 0, 2).argsort(1)
-    dealt = torch.where(which[..., 0] == 3, kind.gather(1, order), kind)
-    other = torch.randperm(n, generator=generator, device=device)
-    swapped = some & (which == 4) & (kind[other] >= 0).unsqueeze(2)
-    boxes = torch.cat([moved, resized.clamp(max=1)], 2)
-    return boxes.where(~swapped, boxes[other]), dealt
 
 
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:

@@ -77,6 +77,7 @@ def union(a: tuple, b: tuple) -> tuple:
 
 
 def area(box: tuple) -> float:
+    """0 of a box whose right or bottom edge comes first."""
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
@@ -102,7 +103,7 @@ def class_of(line: dict, body: float, height: float) -> int:
 def blocks_of(lines: list[dict], body: float, height: float) -> list[list]:
     """[class, box] of lines in reading order: a line joins the block above if it is close, below it, and of
     its class. A line of text goes on with a list if it is indented like its items' text."""
-    blocks = []  # [class, box, size, left edge of the last line]
+    blocks = []  # [class, box, whether it begins as a caption]
     for line in sorted(lines, key=lambda line: (line["box"][1], line["box"][0])):
         kind, box = class_of(line, body, height), line["box"]
         for block in reversed(blocks):
@@ -111,20 +112,20 @@ def blocks_of(lines: list[dict], body: float, height: float) -> list[list]:
             overlap = min(above[2], box[2]) - max(above[0], box[0])
             near = -0.6 * line["size"] < apart < (1.0 if kind != TITLE else 0.5) * body
             same = kind == block[0] or (kind == TEXT and block[0] == LIST and box[0] > above[0] + 0.3 * body)
-            caption = kind == TEXT and block[0] == OTHER and block[4] and apart < 0.4 * body
+            caption = kind == TEXT and block[0] == OTHER and block[2] and apart < 0.4 * body
             if near and (same or caption) and overlap > 0.2 * min(above[2] - above[0], box[2] - box[0]):
-                block[1], block[2] = union(above, box), line["size"]
+                block[1] = union(above, box)
                 break
         else:
-            blocks.append([kind, box, line["size"], box[0], bool(CAPTION.match(line["text"]))])
-    return [[kind, box] for kind, box, *_ in blocks]
+            blocks.append([kind, box, bool(CAPTION.match(line["text"]))])
+    return [[kind, box] for kind, box, _ in blocks]
 
 
-def figures_of(page, blocks: list[dict], lines: list[dict]) -> tuple[list[tuple], list[tuple]]:
+def figures_of(page, lines: list[dict]) -> tuple[list[tuple], list[tuple]]:
     """(figures, frames) of a page: images and groups of drawings that hold little text; groups that hold
     much, which are frames around text."""
     whole = area(tuple(page.rect))
-    boxes = [tuple(block["bbox"]) for block in blocks if block["type"] == 1]
+    boxes = [tuple(image["bbox"]) for image in page.get_image_info()]
     drawings = page.get_drawings()
     if 0 < len(drawings) <= 3000:
         boxes += [tuple(box) for box in page.cluster_drawings(drawings=drawings)]
@@ -137,16 +138,15 @@ def figures_of(page, blocks: list[dict], lines: list[dict]) -> tuple[list[tuple]
     return figures, frames
 
 
-def page_boxes(page, body: float) -> tuple[np.ndarray, list[int]] | None:
+def page_boxes(page, lines: list[dict], body: float) -> tuple[np.ndarray, list[int]] | None:
     """(boxes (n, 4): centre and size as shares of the page, classes) of a page, in reading order; None for a
-    page that is left out: not upright, too few or too many boxes, or boxes that overlap."""
+    page that is left out: not upright, too few or too many boxes, or boxes that overlap. lines: of lines_of;
+    body: as of class_of."""
     width, height = page.rect.width, page.rect.height
     if page.rotation or height < width:
         return None
-    blocks = page.get_text("dict", flags=3)["blocks"]
-    blocks += [{"type": 1, "bbox": image["bbox"]} for image in page.get_image_info()]
-    lines = join(lines_of(blocks))
-    figures, frames = figures_of(page, blocks, lines)
+    lines = join(lines)
+    figures, frames = figures_of(page, lines)
     outside = [
         line
         for line in lines
@@ -195,14 +195,13 @@ def read_document(file: Path, seed: int) -> list[tuple[int, np.ndarray, list[int
         if document.needs_pass:
             return []
         chosen = sorted(random.Random(seed).sample(range(count), min(count, PAGES_A_DOCUMENT)))
-        sizes, pages = Counter(), []
-        for number in chosen:
-            for line in lines_of(document[number].get_text("dict", flags=3)["blocks"]):
-                sizes[round(line["size"], 1)] += line["length"]
+        # {number of the page: its lines}
+        lines = {n: lines_of(document[n].get_text("dict", flags=3)["blocks"]) for n in chosen}
+        sizes = Counter()
+        for line in (line for of_page in lines.values() for line in of_page):
+            sizes[round(line["size"], 1)] += line["length"]
         if not sizes:
             return []
         body = sizes.most_common(1)[0][0]
-        for number in chosen:
-            if page := page_boxes(document[number], body):
-                pages.append((number, *page))
-    return pages
+        found = {n: page_boxes(document[n], lines[n], body) for n in chosen}
+        return [(n, *page) for n, page in found.items() if page]

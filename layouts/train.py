@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 import tyro
 
-from layouts.judge import DISTURBANCES, FeatureNet, alignment, disturb, frechet_distance, overlap
+from layouts.judge import DISTURBANCES, FeatureNet, alignment, frechet_distance, overlap
 from layouts.model import (
     BOXES,
     HERE,
@@ -258,6 +258,29 @@ def report(model: Model, net: FeatureNet, boxes: torch.Tensor, kind: torch.Tenso
 
 
 # ---------------------------------------------------------------- the network that judges
+
+
+def disturb(boxes, kind, which, generator=None):
+    """Pages (n, rows, 4) disturbed in the way `which` (n,), numbers of DISTURBANCES: not at all; some boxes
+    moved; some resized; the classes of a page dealt anew; some boxes replaced by those of another page in the
+    same row. Returns (boxes, kind). "Some" is a third of a page's boxes."""
+    n, rows = kind.shape
+    device = boxes.device
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    spread = 10 ** (-2.3 + 1.3 * torch.rand(n, 1, 1, generator=generator, device=device))  # 0.005 to 0.1
+    some = (torch.rand(n, rows, 1, generator=generator, device=device) < 0.35) & (kind >= 0).unsqueeze(2)
+    which = which.view(-1, 1, 1)
+    moved = boxes[..., :2] + spread * normal(n, rows, 2) * (some & (which == 1))
+    resized = boxes[..., 2:] * (4 * spread * normal(n, rows, 2)).exp().where(some & (which == 2), 1.0)
+    order = torch.rand(n, rows, generator=generator, device=device).masked_fill(kind < 0, 2).argsort(1)
+    dealt = torch.where(which[..., 0] == 3, kind.gather(1, order), kind)
+    other = torch.randperm(n, generator=generator, device=device)
+    swapped = some & (which == 4) & (kind[other] >= 0).unsqueeze(2)
+    boxes = torch.cat([moved, resized.clamp(max=1)], 2)
+    return boxes.where(~swapped, boxes[other]), dealt
 
 
 def train_features(boxes: torch.Tensor, kind: torch.Tensor, args: Args) -> FeatureNet:

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from layouts.judge import DISTURBANCES, FeatureNet, alignment, disturb, frechet_distance, overlap
+from layouts.judge import DISTURBANCES, FeatureNet, alignment, frechet_distance, overlap
 from layouts.model import BOXES
+from layouts.train import disturb
 
 
 def page(*boxes):
