@@ -243,6 +243,7 @@ LAYOUTS = {
     "graft": Arm(f"{SMALL} --switch 0", figures=("grid.png",)),
     "none": Arm(f"{SMALL} --switch 0 --rule none"),
     **{f"pgraft_{level}": Arm(f"{SMALL} --switch {level}") for level in LAYOUT_LEVELS},
+    "default": Arm("layouts/pgraft_layouts.py --eval_every 0", seeds=(0,)),
 }
 
 ARMS = {

@@ -1026,6 +1026,17 @@ def layouts() -> str:
     return table(["", "V(t)", *PAGE_MEASURES.values()], lines)
 
 
+@part("layouts default")
+def layouts_default() -> str:
+    rows = {row["metric"]: row for row in runs("layouts/default")[0]["results"]["table"]}
+    lines = [
+        [column, *(f"{rows[name][column]:.3f}" for name in PAGE_MEASURES)] for column in ("base", "tuned")
+    ]
+    pairs = ((rows[name]["difference"], rows[name]["se"]) for name in PAGE_MEASURES)
+    lines.append(["difference, ± s.e. over pages", *map(with_error, pairs)])
+    return table(["", *PAGE_MEASURES.values()], lines)
+
+
 # ---------------------------------------------------------------- the pages
 
 FIGURES = {  # file: (figure, data)

@@ -181,6 +181,16 @@ def test_functions_copied_elsewhere_are_equal(name, original, functions):
         assert source(name, definitions(name)[function]) == source(original, definitions(original)[function])
 
 
+def test_methods_of_the_copied_lora_are_equal():
+    classes = [(name, definitions(name)["Model"]) for name in ("layouts/model", "molecules/model")]
+    for method in "add_lora lora lora_layers lora_merged lora_off".split():
+        own, other = (
+            source(name, next(node for node in model.body if getattr(node, "name", "") == method))
+            for name, model in classes
+        )
+        assert own == other, method
+
+
 def test_copied_rules_are_equal():
     for constant in ("Rule = ", "RANKING = "):
         lines = [
