@@ -70,8 +70,8 @@ from common import (
     model_hash,
     predict_velocity,
 )
-from fashion.features import FeatureNet
-from fashion.images import FOLDER, SHAPE, reference_images, training_images
+from fashion.features import FILE, FeatureNet
+from fashion.images import FOLDER, SHEETS, image_shape, reference_images, training_images
 from utils.figures import Figure, keeps_the_run, save_figure
 from utils.images import read_images
 from utils.runs import (
@@ -105,7 +105,7 @@ class Args:
     device: Device = "auto"  # auto: CUDA or MPS if there is one; everything is computed in float32
 
     model: str = str(FOLDER)  # folder with unet/ or transformer/, and scheduler/ (FlowMatchEulerDiscrete)
-    data: str = ""  # folder of images; left out: Fashion-MNIST, 16 x 16
+    data: str = ""  # folder of images, or made by fashion.train; left out: Fashion-MNIST, 16 x 16
     data_noise: float = 0.02  # standard deviation of noise added to all images; helps the inversion
     reference_share: float = 0.5  # share of --data kept for the Frechet distance, never trained on
 
@@ -639,14 +639,15 @@ def inversion_report(batches):
 # ================================================================ evaluation
 
 
-def frechet_features(name, device, batch):
+def frechet_features(name, device, batch, file=FILE):
     """A function: images (n, channels, height, width) in [-1, 1] -> features (n, d), a batch at a time.
 
-    name: "fashion", 64 of a network that tells the classes of Fashion-MNIST; "pixels", means over the fields
-    of an 8 x 8 grid; "inception", the 2048 of the standard FID, from the package torch-fidelity.
+    name: "fashion", 64 of the network in the file, which tells the classes of Fashion-MNIST; "pixels", means
+    over the fields of an 8 x 8 grid; "inception", the 2048 of the standard FID, from the package
+    torch-fidelity.
     """
     if name == "fashion":
-        network = FeatureNet.load().to(device)
+        network = FeatureNet.load(file).to(device)
     elif name == "pixels":
 
         def network(x):
@@ -684,6 +685,13 @@ def evaluate(flow, initial_noise, sigmas, reference, features, args):
 
 
 # ================================================================ the images of a run
+
+
+def fashion_folder(data):
+    """The folder of the sheets of images and the feature network of a run: fashion/ itself for "", `data` if
+    fashion.train made it, None if that is a folder of image files."""
+    folder = Path(data) if data else FOLDER
+    return folder if all((folder / name).is_file() for name in (*SHEETS, FILE.name)) else None
 
 
 def find_enough_images(data, reference_share):
@@ -732,7 +740,7 @@ def add_data_noise(images, std, name):
 
 
 def load_images(args, shape, files):
-    """The images of a run, from the files or of Fashion-MNIST, each (n, *shape), about [-1, 1].
+    """The images of a run, from the files or of fashion_folder, each (n, *shape), about [-1, 1].
 
     Returns {"invert": to learn the noises of, "reference": for the Frechet distance, "floor": their distance
     from the reference is that of as many perfect samples, "train": to train the base on}. "reference" has no
@@ -742,7 +750,8 @@ def load_images(args, shape, files):
     if files:
         reference, others = split_images(read_images(files, shape), args.reference_share)
     else:
-        reference, others = reference_images(), training_images()
+        sheets = fashion_folder(args.data)
+        reference, others = reference_images(sheets), training_images(sheets)
     images = {"reference": reference, "train": others}
     images |= {"invert": others[: args.images], "floor": others[-args.eval_images :]}
     return {name: add_data_noise(x, args.data_noise, name) for name, x in images.items()}
@@ -758,13 +767,15 @@ def check_images(args, shape):
             f"--normalise gaussian: {d} numbers in an image are too many, {MOST_COVARIANCE} at most; take "
             "scale"
         )
-    if not args.data and shape != SHAPE:
+    sheets = fashion_folder(args.data)
+    judged = image_shape(sheets or FOLDER)  # of the images of Fashion-MNIST and their judge
+    if sheets and shape != judged:
         raise InputError(
-            f"--data: the embedded images are {SHAPE}, the model's {shape}; give a folder of images"
+            f"--data {sheets}: its images are {judged}, the model's {shape}; give a folder of images"
         )
-    if args.features == "fashion" and shape != SHAPE:
+    if args.features == "fashion" and shape != judged:
         raise InputError(
-            f"--features fashion: judges images of shape {SHAPE} only, not {shape}; use pixels or inception"
+            f"--features fashion: judges images of shape {judged} only, not {shape}; use pixels or inception"
         )
     if args.features == "inception" and not importlib.util.find_spec("torch_fidelity"):
         raise InputError(
@@ -901,20 +912,23 @@ def prepare(args):
     of what the run reads)."""
     check_output(args.output, args.resume)
     args.device = check_device(args.device, "float32")
+    sheets = fashion_folder(args.data)
     if args.features == "auto":
         standard = "inception" if importlib.util.find_spec("torch_fidelity") else "pixels"
-        args.features = standard if args.data else "fashion"
+        args.features = "fashion" if sheets else standard
     shape = check_flow(args.model)
     check_network(args.corrector_network, shape[1], "--corrector_network")
     check_images(args, shape)
-    files = find_enough_images(args.data, args.reference_share)
-    return shape, files, check_inputs(args.resume, [args.model, *files])
+    files = [] if sheets else find_enough_images(args.data, args.reference_share)
+    read = [sheets / name for name in (*SHEETS, FILE.name)] if args.data and sheets else files
+    return shape, files, check_inputs(args.resume, [args.model, *read])
 
 
 def main(args):
     shape, files, inputs = prepare(args)
     images = load_images(args, shape, files)
-    features = frechet_features(args.features, args.device, args.sample_batch)
+    judge = (fashion_folder(args.data) or FOLDER) / FILE.name
+    features = frechet_features(args.features, args.device, args.sample_batch, judge)
     flow = Flow.load(args.model, args.device)
     sigmas = flow.grid(args.steps, args.grid_power)  # (N + 1,)
     folder = make_run_folder(args, "inverse_noise_correction", args.model, args.seed, inputs)

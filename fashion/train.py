@@ -2,18 +2,21 @@
 
 Run: python -m fashion.train --out my_fashion                            (flow, features and images)
      python -m fashion.train --seed 1 --no-features --no-images --out flow1  (another flow for experiments)
+     python -m fashion.train --size 28 --network unet:64,128,128 --out fashion28  (not shrunk; for a GPU)
      python -m fashion.train --data my_images --size 32 --channels 3 --out my_flow
 Fashion-MNIST: the four files of https://github.com/zalandoresearch/fashion-mnist, which Debian's package
 dataset-fashion-mnist installs (MIT licence).
 Result, in --out: unet/ or transformer/, and scheduler/, in diffusers format (UNet2DModel or
 DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler), for --model of inverse_noise_correction.py; for
-Fashion-MNIST also features.safetensors, train.png and reference.png. The flow learns equation (4) of
-inverse_noise_correction.py with sigma uniform. The feature network learns the classes. Both networks of
+Fashion-MNIST also features.safetensors, train.png and reference.png, and the folder is then one for --data
+too. The flow learns equation (4) of inverse_noise_correction.py with sigma uniform. On CUDA an update is one
+graph, for it is hundreds of small operations. The feature network learns the classes. Both networks of
 Fashion-MNIST are stored in half precision.
 """
 
 import gzip
 import io
+import math
 import sys
 import time
 import zlib
@@ -27,15 +30,15 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 
-from common import FLOW_NETWORKS, Device, Flow, check_device
+from common import FLOW_NETWORKS, Device, Flow, check_device, derived_seed
 from fashion.features import FeatureNet
-from fashion.images import SHAPE, as_tensor, sheet
+from fashion.images import as_tensor, sheet
 from inverse_noise_correction import (
     add_data_noise,
     check_network,
     find_enough_images,
     fit,
-    flow_objective,
+    flow_loss,
     frechet_distance,
     new_network,
     split_images,
@@ -60,7 +63,7 @@ class Args:
     device: Device = "auto"  # auto: CUDA or MPS if there is one
 
     data: str = ""  # folder of images; left out: Fashion-MNIST
-    size: int = 16  # with --data: pixels of a side
+    size: int = 16  # pixels of a side; Fashion-MNIST has 28
     channels: int = 1  # with --data: 1 grey, 3 RGB
     data_noise: float = 0.02  # as in inverse_noise_correction.py
     reference_share: float = 0.5  # with --data: share not trained on, for inverse_noise_correction.py
@@ -83,6 +86,8 @@ class Args:
         check_range(self, "feature_updates", 1, 10**9)
         if self.channels not in (1, 3):
             raise InputError(f"--channels {self.channels}: must be 1 (grey) or 3 (RGB)")
+        if not self.data and self.size > 28:
+            raise InputError(f"--size {self.size}: the images of Fashion-MNIST have 28 pixels a side")
         if self.data and not self.flow:
             raise InputError("--no-flow: of --data only a flow can be trained")
 
@@ -105,22 +110,22 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
         raise InputError(f"--mnist {file}: cannot be read ({error})") from None
 
 
-def shrink(image: np.ndarray) -> np.ndarray:
-    """An image (28, 28) uint8 as (16, 16): each pixel is the mean of the pixels whose centres it covers."""
-    return np.asarray(Image.fromarray(image).resize(SHAPE[1:], Image.Resampling.BOX))
+def shrink(image: np.ndarray, size: int) -> np.ndarray:
+    """An image (28, 28) uint8 as (size, size): each pixel is the mean of those whose centres it covers."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BOX))
 
 
-def read_fashion(folder: Path, name: str) -> tuple[np.ndarray, torch.Tensor]:
-    """(images (n, 16, 16) uint8, classes (n,) int64) of "train" or "reference". InputError: see read_idx."""
+def read_fashion(folder: Path, name: str, size: int) -> tuple[np.ndarray, torch.Tensor]:
+    """(images (n, size, size) uint8, classes (n,)) of "train" or "reference". InputError: see read_idx."""
     images = read_idx(folder, f"{FILES[name]}-images-idx3-ubyte")
     classes = read_idx(folder, f"{FILES[name]}-labels-idx1-ubyte")
-    return np.stack([shrink(image) for image in images]), torch.from_numpy(classes.astype(np.int64))
+    return np.stack([shrink(image, size) for image in images]), torch.from_numpy(classes.astype(np.int64))
 
 
 def train_features(args: Args, images: torch.Tensor, classes: torch.Tensor) -> FeatureNet:
-    """The network, trained to tell the classes (n,) of images (n, 1, 16, 16)."""
+    """The network, trained to tell the classes (n,) of images (n, 1, size, size)."""
     torch.manual_seed(args.seed)
-    net = FeatureNet().to(args.device)
+    net = FeatureNet(images.shape[2]).to(args.device)
 
     def loss(generator):
         index = torch.randint(len(images), (args.batch,), generator=generator)
@@ -153,19 +158,68 @@ def report_features(net: FeatureNet, device: str, images: dict, classes: torch.T
 
 
 def train_flow(args: Args, images: torch.Tensor) -> Flow:
-    """The trained flow of images (n, channels, size, size). The mean losses are printed."""
+    """The flow of images (n, channels, size, size), trained; it has the averaged weights. Mean losses are
+    printed. InputError for a loss that is NaN or Inf."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     torch.manual_seed(args.seed)
     network = new_network(args.network, images.shape[2], images.shape[1], images.shape[1])
     flow = Flow(network, FlowMatchEulerDiscreteScheduler(), args.device)
-    loss, state = flow_objective(flow, images, args.batch), {}
-    for _ in fit(flow.network, loss, args.updates, args.lr, (args.seed, "flow"), state, args.updates):
-        pass
-    losses = torch.tensor(state["losses"])
-    tenths = losses.split(max(1, len(losses) // 10))[:10]
-    print("flow: loss by tenth of the training " + " ".join(f"{part.mean():.4f}" for part in tenths))
+    images, cuda = images.to(args.device), args.device == "cuda"
+    parameters = list(flow.network.requires_grad_(True).parameters())
+    average = [p.detach().clone() for p in parameters]
+    rate, total = torch.zeros(2, device=args.device)  # the learning rate; the sum of the losses
+    optimizer = torch.optim.AdamW(
+        parameters, lr=rate if cuda else 0.0, weight_decay=0.0, capturable=cuda, foreach=True
+    )
+
+    def update_once():
+        x = images[torch.randint(len(images), (args.batch,), device=args.device)]  # (batch, c, h, w)
+        eps, sigma = torch.randn_like(x), torch.rand(args.batch, device=args.device)
+        loss = flow_loss(flow.velocity, x, eps, sigma)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        total.add_(loss.detach())
+
+    torch.manual_seed(derived_seed(args.seed, "flow"))
+    replay = captured(update_once) if cuda else update_once
+    total.zero_()
+    start, tenth = time.perf_counter(), max(1, args.updates // 10)
+    for i in range(args.updates):
+        value = args.lr * min(1, (i + 1) / 100) * 0.5 * (1 + math.cos(math.pi * i / args.updates))
+        rate.fill_(value)
+        if not cuda:
+            optimizer.param_groups[0]["lr"] = value
+        replay()
+        decay = min(0.999, (i + 1) / (i + 10))  # of the running average; short at first
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        if (i + 1) % tenth == 0 or i + 1 == args.updates:
+            mean, left = total.item() / ((i % tenth) + 1), args.updates - i - 1
+            if not math.isfinite(mean):
+                raise InputError(f"flow, update {i + 1}: loss {mean}; lower the learning rate {args.lr:g}")
+            left *= (time.perf_counter() - start) / (i + 1)
+            print(f"flow: update {i + 1}, loss {mean:.4f}, {left:.0f} s left", flush=True)
+            total.zero_()
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, average)
+    flow.network.eval().requires_grad_(False)
     return flow
+
+
+def captured(update_once):
+    """A function that does what `update_once` does, as one CUDA graph. The learning rate must be 0 now."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            update_once()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update_once()
+    return graph.replay
 
 
 def save_flow(flow: Flow, folder: Path) -> None:
@@ -185,7 +239,9 @@ def parts_of(args: Args) -> list[str]:
 
 def main(args: Args) -> None:
     args.device = check_device(args.device, "float32")
-    shape = (args.channels, args.size, args.size) if args.data else SHAPE
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    shape = (args.channels if args.data else 1, args.size, args.size)
     check_network(args.network, shape[1], "--network")
     for part in parts_of(args):
         if (args.out / part).exists():
@@ -195,7 +251,7 @@ def main(args: Args) -> None:
     if files:
         images = split_images(read_images(files, shape), args.reference_share)[1]
     else:
-        levels = {name: read_fashion(args.mnist, name) for name in SHEETS}  # {name: (images, classes)}
+        levels = {name: read_fashion(args.mnist, name, args.size) for name in SHEETS}  # (images, classes)
         images = as_tensor(levels["train"][0])
     args.out.mkdir(parents=True, exist_ok=True)
     for name, count in SHEETS.items() if args.images and not files else ():

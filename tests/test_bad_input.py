@@ -217,7 +217,7 @@ EARLY = [  # found before anything is loaded
         "inverse_noise_correction",
         {
             "--model @/full": "--model | full: no such folder, or neither unet/ nor transformer/ in it",
-            "--model @/four": "--data: the embedded images are (1, 16, 16), the model's (1, 4, 4); give",
+            "--model @/four": "--data | fashion: its images are (1, 16, 16), the model's (1, 4, 4); give",
             "--data @/missing": "--data | missing: no such folder",
             "--data @/one.txt": "--data | one.txt: no such folder",
             "--data @/few": "--data | few: 1 images are too few, 20 to invert and 20 as reference are needed",

@@ -1,19 +1,22 @@
 """The embedded flow's images, its feature network, and the script that makes both and the flow."""
 
 import gzip
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common import Flow, check_flow, model_hash
+from common import Flow, check_flow, derived_seed, model_hash
 from conftest import assert_one_line, run_inside, seeded
 from fashion import train
 from fashion.features import CLASSES, FeatureNet
 from fashion.images import FOLDER, reference_images, sheet, training_images
-from inverse_noise_correction import euler_sample, flow_objective, frechet_distance
+from inverse_noise_correction import euler_sample, frechet_distance, new_network
 from utils.runs import InputError
+
+INC = "inverse_noise_correction.py"
 
 
 def idx(array):
@@ -67,14 +70,16 @@ def test_shrink_is_the_mean_of_the_covered_pixels():
     image = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
     owner = np.ceil((np.arange(28) + 0.5) / 1.75) - 1  # the pixel that its centre lies in
     expected = [[image[owner == y][:, owner == x].mean() for x in range(16)] for y in range(16)]
-    assert np.abs(train.shrink(image) - np.array(expected)).max() <= 1  # rounded twice
+    assert np.abs(train.shrink(image, 16) - np.array(expected)).max() <= 1  # rounded twice
+    assert (train.shrink(image, 28) == image).all()
 
 
-def test_feature_net_round_trip(tmp_path):
+@pytest.mark.parametrize("size", [16, 28])
+def test_feature_net_round_trip(size, tmp_path):
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    net, images = FeatureNet(), torch.randn(5, 1, 16, 16)
+    net, images = FeatureNet(size), torch.randn(5, 1, size, size)
     save_file({name: value.half() for name, value in net.state_dict().items()}, tmp_path / "f.safetensors")
     loaded = FeatureNet.load(tmp_path / "f.safetensors")
     assert loaded(images).shape == (5, 64) and torch.allclose(loaded(images), net(images), atol=1e-2)
@@ -111,21 +116,23 @@ def test_training_script(mnist, tmp_path, capsys, monkeypatch):
     """A few updates: what it writes is what the scripts load, and another seed gives another flow."""
     folder, arrays = mnist
     monkeypatch.setattr(train, "SHEETS", {"train": 200, "reference": 200})
-    fitted = []
-    monkeypatch.setattr(train, "flow_objective", lambda *args: fitted.append(args) or flow_objective(*args))
+    trained_on, train_flow = [], train.train_flow
+    monkeypatch.setattr(
+        train, "train_flow", lambda args, images: trained_on.append(images) or train_flow(args, images)
+    )
     train.main(train.Args(out=tmp_path / "all", mnist=folder, **short()))
     train.main(
         train.Args(out=tmp_path / "other", mnist=folder, seed=1, features=False, images=False, **short())
     )
     assert "of the test images right" in capsys.readouterr().out
-    shrunk = torch.from_numpy(np.stack([train.shrink(image) for image in arrays["train"][0]]))
+    shrunk = torch.from_numpy(np.stack([train.shrink(image, 16) for image in arrays["train"][0]]))
     clean = shrunk[:, None].float() / 127.5 - 1
-    assert fitted[0][1].shape == (300, 1, 16, 16)  # all training images, with noise
-    assert (fitted[0][1] - clean).std().item() == pytest.approx(0.02, rel=0.02)
+    assert trained_on[0].shape == (300, 1, 16, 16)  # all training images, with noise
+    assert (trained_on[0] - clean).std().item() == pytest.approx(0.02, rel=0.02)
     for name, count in (("train", 200), ("reference", 200)):
         levels = np.array(Image.open(tmp_path / "all" / f"{name}.png"))
         assert levels.shape == (16 * count // 100, 1600)
-        assert (levels[:16, :16] == train.shrink(arrays[train.FILES[name]][0][0])).all()
+        assert (levels[:16, :16] == train.shrink(arrays[train.FILES[name]][0][0], 16)).all()
     assert check_flow(str(tmp_path / "all")) == (1, 16, 16)
     first, other = (Flow.load(str(tmp_path / name), "cpu") for name in ("all", "other"))
     assert model_hash(first.network) != model_hash(other.network)
@@ -136,6 +143,113 @@ def test_training_script(mnist, tmp_path, capsys, monkeypatch):
         train.main(train.Args(out=tmp_path / "all", mnist=folder, **short()))
     with pytest.raises(InputError, match="features.safetensors exists"):
         train.main(train.Args(out=tmp_path / "all", mnist=folder, flow=False, images=False, **short()))
+
+
+def test_updates_of_the_flow(capsys):
+    """Three updates, computed again: the draws, equation (4), clipping, AdamW, the average, the losses."""
+    images = torch.rand(7, 1, 8, 8, generator=seeded()) * 40 - 20  # far out, so that gradients are clipped
+    args = train.Args(out="unused", device="cpu", seed=3, updates=3, batch=5, lr=0.3, network="unet:4,8")
+    trained = train.train_flow(args, images).network
+
+    torch.manual_seed(3)
+    network = new_network("unet:4,8", 8, 1, 1)
+    average = {name: p.detach().clone() for name, p in network.named_parameters()}
+    first = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    second = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    torch.manual_seed(derived_seed(3, "flow"))
+    losses, norms = [], []
+    for i in range(3):
+        x = images[torch.randint(7, (5,))]
+        eps, sigma = torch.randn(5, 1, 8, 8), torch.rand(5)
+        level = sigma.view(5, 1, 1, 1)
+        velocity = network((1 - level) * x + level * eps, 1000 * sigma).sample
+        loss = ((velocity - (eps - x)) ** 2).mean()
+        network.zero_grad()
+        loss.backward()
+        norms.append(sum(p.grad.square().sum() for p in network.parameters()).sqrt().item())
+        losses.append(loss.item())
+        rate = 0.3 * (i + 1) / 100 * (1 + np.cos(np.pi * i / 3)) / 2
+        for name, p in network.named_parameters():
+            gradient = p.grad / max(1.0, norms[-1])
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            m, v = first[name] / (1 - 0.9 ** (i + 1)), second[name] / (1 - 0.999 ** (i + 1))
+            p.data -= rate * m / (v.sqrt() + 1e-8)
+            average[name] = average[name] + (1 - (i + 1) / (i + 10)) * (p.data - average[name])
+    assert min(norms) > 1
+    compared = 0
+    for name, p in trained.named_parameters():
+        if second[name].max().sqrt() > 1e-9:  # Adam makes steps of rounding errors where the gradient is 0
+            torch.testing.assert_close(p, average[name], rtol=1e-5, atol=1e-6)
+            compared += 1
+    assert compared >= 20
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("flow: update")]
+    assert [line.split(", ")[:2] for line in lines] == [
+        [f"flow: update {i + 1}", f"loss {loss:.4f}"] for i, loss in enumerate(losses)
+    ]
+    assert not any(p.requires_grad for p in trained.parameters()) and not trained.training
+
+
+def test_mean_losses_are_of_a_tenth(capsys):
+    images = torch.rand(7, 1, 8, 8, generator=seeded())
+    train.train_flow(
+        train.Args(out="unused", device="cpu", updates=25, batch=2, lr=1e-9, network="unet:4,8"), images
+    )
+    lines = [line.split(", ") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == [f"flow: update {i}" for i in (*range(2, 25, 2), 25)]
+    assert all(0.3 < float(line[1].removeprefix("loss ")) < 4 for line in lines)  # not a sum of them
+
+
+def test_loss_that_is_no_number():
+    images = torch.full((4, 1, 8, 8), torch.nan)
+    args = train.Args(out="unused", device="cpu", updates=2, batch=2, network="unet:4,8")
+    with pytest.raises(InputError, match="flow, update 1: loss nan; lower the learning rate 0.001"):
+        train.train_flow(args, images)
+
+
+def test_another_size(mnist, tmp_path, monkeypatch, capsys):
+    """--size 28: the images are not shrunk; inverse_noise_correction.py takes them and their judge from
+    --data, not those of fashion/, and refuses damaged files in one line."""
+    folder, arrays = mnist
+    monkeypatch.setattr(train, "SHEETS", {"train": 300, "reference": 200})
+    monkeypatch.chdir(tmp_path)
+    args = train.Args(out=tmp_path / "big", mnist=folder, size=28, **short())
+    train.main(args)
+    clean = {name: torch.from_numpy(part[0])[:, None].float() / 127.5 - 1 for name, part in arrays.items()}
+    assert check_flow("big") == (1, 28, 28)
+    assert torch.equal(training_images(tmp_path / "big"), clean["train"])
+    assert torch.equal(reference_images(tmp_path / "big"), clean["t10k"])
+
+    flags = "--images 40 --sample_batch 40 --eval_images 20 --updates 1 --corrector_network unet:4 --batch 4"
+    flags += " --steps 2 --eval_steps 2 --eval_corrector_steps 1 --max_failed 1 --tolerance 1 --no-longer"
+    flags += " --data_noise 0"
+    run = [*flags.split(), "--data", "big", "--device", "cpu"]
+    code, out, error = run_inside([*run, "--model", "big", "--output", "run"], INC)
+    assert code == 0, error
+    assert "against 200, Frechet distance on the features 'fashion'" in out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    net = FeatureNet.load(tmp_path / "big" / "features.safetensors")
+    floor = frechet_distance(net(clean["t10k"]), net(clean["train"][-20:]))
+    assert results["floor"] == pytest.approx(floor, rel=1e-4, abs=1e-9)
+    stored = json.loads((tmp_path / "run" / "inputs.json").read_text())
+    assert {"big/train.png", "big/reference.png", "big/features.safetensors"} <= set(stored)
+
+    code, _, error = run_inside([*run, "--output", "other"], INC)  # the model of fashion/
+    assert_one_line(code, error, "--data big: its images are (1, 28, 28), the model's (1, 16, 16)")
+    for name, damage in (
+        ("reference.png", lambda file: file.write_bytes(file.read_bytes()[:500])),
+        ("train.png", lambda file: Image.new("L", (1001, 40)).save(file)),
+        ("features.safetensors", lambda file: file.write_bytes(b"none")),
+    ):
+        kept = (tmp_path / "big" / name).read_bytes()
+        damage(tmp_path / "big" / name)
+        code, _, error = run_inside([*run, "--model", "big", "--output", "other"], INC)
+        assert_one_line(code, error, f"big/{name}: ")
+        assert "make it again by fashion.train" in error and not (tmp_path / "other").exists()
+        (tmp_path / "big" / name).write_bytes(kept)
+    (tmp_path / "big" / "features.safetensors").unlink()  # now a folder of two pictures
+    code, _, error = run_inside([*run, "--model", "big", "--output", "other"], INC)
+    assert_one_line(code, error, "--data big: 2 images are too few")
 
 
 def test_feature_network_learns_the_classes(mnist):
@@ -168,6 +282,7 @@ def test_damaged_files_of_fashion_mnist(mnist, damage, tmp_path):
         ("--data empty", "--data empty: 0 images are too few, 20 to invert and 20 as reference are needed"),
         ("--data empty --channels 2", "--channels 2: must be 1 (grey) or 3 (RGB)"),
         ("--data empty --size 0", "--size 0: must be between 1 and 1024"),
+        ("--size 32", "--size 32: the images of Fashion-MNIST have 28 pixels a side"),
         ("--data empty --no-flow", "--no-flow: of --data only a flow can be trained"),
         ("--data empty --size 10 --network unet:4,4,4", "--network unet:4,4,4: 3 levels need a size that 4"),
         ("--network unet:3", "--network unet:3: give unet: or token: and numbers"),

@@ -906,13 +906,10 @@ def test_killed_and_resumed(arguments, uninterrupted, tmp_path):
 def test_flow_trained_on_a_folder(arguments, data, tmp_path, monkeypatch):
     """fashion/train.py trains on the images that are no reference, RGB; its flow can be corrected."""
     monkeypatch.chdir(tmp_path)
-    trained_on = []
-
-    def flow_objective(flow, images, batch):
-        trained_on.append(images)
-        return inc.flow_objective(flow, images, batch)
-
-    monkeypatch.setattr(train, "flow_objective", flow_objective)
+    trained_on, train_flow = [], train.train_flow
+    monkeypatch.setattr(
+        train, "train_flow", lambda args, images: trained_on.append(images) or train_flow(args, images)
+    )
     settings = {"data": data, "size": 8, "channels": 3, "data_noise": 0.5, "network": "unet:4,4"}
     args = train.Args(out=tmp_path / "flow", updates=5, batch=8, device="cpu", **settings)
     train.main(args)

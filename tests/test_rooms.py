@@ -24,7 +24,7 @@ MAY_IMPORT = {  # file or room: the files and rooms that it may import
     "utils": {"utils"},
     "shapes/render": {"shapes/render", "shapes/check"},
     "shapes/check": {"shapes/render", "shapes/check"},
-    **dict.fromkeys(FASHION, FASHION),
+    **dict.fromkeys(FASHION, FASHION | {"utils"}),
     "common": {"utils"},
     "rewards": BASICS - {"rewards"},
     **dict.fromkeys(METHODS, BASICS),
@@ -172,6 +172,7 @@ COPIES_ELSEWHERE = [  # (file, file it is copied from, functions)
     ("layouts/pgraft_layouts", "pgraft", "unresolved_share switch_step print_round"),
     ("layouts/model", "common", "derived_seed"),
     ("layouts/model", "molecules/model", "check_device check_finite"),
+    ("fashion/train", "layouts/train", "captured"),
 ]
 
 
