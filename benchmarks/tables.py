@@ -604,6 +604,12 @@ def another_grid() -> str:
     return correction_table("`--grid_power 0.7`, seed 0", rows)
 
 
+@part("many steps")
+def many_steps() -> str:
+    rows = [(row["arm"], row) for row in runs("inc/steps_64")[0]["results"]["table"]]
+    return correction_table("`--steps 64`, seed 0", rows)
+
+
 @part("inversion")
 def inversion() -> str:
     rows = []
