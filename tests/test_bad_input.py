@@ -27,7 +27,7 @@ from common import LORA_FILE, check_flow, check_model, read_switch
 from conftest import ROOT, assert_one_line, run_inside, run_script
 from fashion.images import FOLDER
 from utils.prompts import read_prompt_sets, read_prompts
-from utils.runs import InputError, hash_inputs, stored_arguments
+from utils.runs import InputError, has_type, hash_inputs, stored_arguments
 
 SD = '{"_class_name": "StableDiffusionPipeline"}'
 EULER = '{"_class_name": "FlowMatchEulerDiscreteScheduler"}'
@@ -70,6 +70,10 @@ FILES = {
     "alone/unet/config.json": UNET.encode(),
     "dynamic/unet/config.json": UNET.encode(),
     "dynamic/scheduler/scheduler_config.json": EULER.replace("}", ', "use_dynamic_shifting": true}').encode(),
+    "rising/unet/config.json": UNET.encode(),
+    "rising/scheduler/scheduler_config.json": EULER.replace("}", ', "invert_sigmas": true}').encode(),
+    "random/unet/config.json": UNET.encode(),
+    "random/scheduler/scheduler_config.json": EULER.replace("}", ', "stochastic_sampling": true}').encode(),
     "classes/unet/config.json": UNET.replace("}", ', "num_class_embeds": 10}').encode(),
     "classes/scheduler/scheduler_config.json": EULER.encode(),
     "four/unet/config.json": UNET.replace("8", "4").encode(),
@@ -610,6 +614,8 @@ FLOWS = {
     "conditional": "is a UNet2DConditionModel; supported: UNet2DModel",
     "ddpm": "is a DDPMScheduler; supported: FlowMatchEulerDiscreteScheduler",
     "dynamic": "a scheduler with use_dynamic_shifting is not supported",
+    "rising": "a scheduler with invert_sigmas is not supported",
+    "random": "a scheduler with stochastic_sampling is not supported",
     "classes": "only unconditional models are supported",
 }
 
@@ -639,6 +645,24 @@ def test_bad_stored_arguments(name, files):
     words = f"--resume | run_{name}: args.json is damaged or of another script | start a new run"
     for script in SCRIPTS.values():
         refused(words, stored_arguments, script.Args, f"{files}/run_{name}")
+
+
+@pytest.mark.parametrize(
+    "value, kind, suits",
+    [
+        ((8, 16), tuple[int, ...], True),
+        ((8, "x"), tuple[int, ...], False),
+        ((), tuple[int, ...], True),
+        (1, float, True),
+        (1.5, int, False),
+        ("a", str, True),
+        (None, float | None, True),
+        (2, float | None, True),
+        ("2", float | None, False),
+    ],
+)
+def test_types_of_stored_arguments(value, kind, suits):
+    assert has_type(value, kind) == suits
 
 
 def test_bad_results_of_pgraft(files, late_files, models):

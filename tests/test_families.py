@@ -563,6 +563,12 @@ def test_large_images_are_decoded_one_at_a_time(families, loaded, tmp_path):
     assert model.latent_shape == (4, 64, 64) and sizes == [1, 1, 1] and not loaded["xl"].vae.use_slicing
 
 
+def test_the_vae_of_xl_has_the_models_precision(families):
+    """Only float16 decodes in float32: bfloat16 has the range."""
+    model = Model(families["xl"], "cpu", torch.bfloat16)
+    assert model.vae.config.force_upcast and model.vae.dtype == torch.bfloat16
+
+
 def test_text_encoders_are_on_the_device_only_while_they_encode(families, monkeypatch):
     model, moves = Model(families["sd3"], "cpu", torch.float32), []
     # no accelerator is needed to see the moves
@@ -620,12 +626,47 @@ def test_scheduler_of_another_kind_is_refused(families, tmp_path, kind, config):
         Model(str(folder), "cpu", torch.float32)
 
 
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        ("xl", {"thresholding": True, "clip_sample": True}),  # for pixels: latents are unbounded
+        ("sd3", {"stochastic_sampling": True}),  # a sampler that this project does not have
+    ],
+)
+def test_settings_of_a_scheduler_that_are_turned_off(families, tmp_path, kind, config):
+    folder = Path(shutil.copytree(families[kind], tmp_path / "model"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    model = Model(str(folder), "cpu", torch.float32)
+    assert not any(model.pipeline.scheduler.config[name] for name in config)
+
+
+def test_flux_with_a_constant_shift(families, tmp_path):
+    """A scheduler without dynamic shifting: its own shift is that of the levels and of the training draws."""
+    folder = Path(shutil.copytree(families["flux"], tmp_path / "model"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": False, "shift": 2.5}))
+    model = Model(str(folder), "cpu", torch.float32)
+    grid = torch.tensor(model.timesteps(4)) / 1000
+    u = torch.tensor([1.0, 0.75, 0.5, 0.25])
+    assert model.shift == 2.5 and torch.allclose(grid, 2.5 * u / (1 + 1.5 * u))
+
+
 # ---------------------------------------------------------------- NaN
 
 
 def test_images_that_are_not_numbers(loaded):
     with pytest.raises(InputError, match="sample 3: NaN or Inf"):
         loaded["no_t5"].decode(torch.full((1, 16, 8, 8), math.inf), "sample 3")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_one_pixel_that_is_no_number(loaded, monkeypatch, value):
+    pixels = torch.zeros(2, 3, 8, 8)
+    pixels[1, 2, 3, 4] = value
+    monkeypatch.setattr(loaded["xl"].vae, "decode", lambda latents: types.SimpleNamespace(sample=pixels))
+    with pytest.raises(InputError, match="decode: NaN or Inf"):
+        loaded["xl"].decode(torch.zeros(2, 4, 8, 8))
 
 
 class OverflowingScaler(torch.amp.GradScaler):
@@ -734,6 +775,7 @@ def test_what_a_distilled_model_cannot_take(families):
         options = {"model": families[kind], "reward": "jpeg_compressibility", "device": "cpu"}
         args = graft.prepare(graft.Args(**options))[0]
         assert (args.steps, args.guidance) == (4, 1.0)
+        assert graft.prepare(graft.Args(**options, guidance=1.0))[0].guidance == 1.0  # none is no guidance
         with pytest.raises(InputError, match=f"--guidance 3: {label} takes no guidance; leave it out"):
             graft.prepare(graft.Args(**options, guidance=3.0))
     for kind, defaults in (("flux", (28, 3.5)), ("klein_base", (50, 4.0))):
@@ -748,3 +790,17 @@ def test_own_defaults_of_a_script(families):
     assert pgraft.prepare(pgraft.Args(**options))[0].eta == 0.5
     assert noise_ppo.prepare(noise_ppo.Args(**options))[0].clip == 1e-4
     assert noise_ppo.prepare(noise_ppo.Args())[0].clip == 1e-3
+
+
+def test_defaults_of_the_embedded_model():
+    """They are not those of Stable Diffusion, whose class it has."""
+    sampling = {"steps": 10, "guidance": 1.0, "sample_batch": 64}
+    tuning = {"eta": 1.0, "micro_batch": 64, "lora_targets": "all", "lr": 1e-3}
+    rewards = {"eval_rewards": "shapes_strict,shapes_graded,shapes_fit,jpeg_compressibility"}
+    for script, expected in (
+        (graft, sampling | tuning | rewards),
+        (pgraft, sampling | tuning | rewards),
+        (noise_ppo, sampling | rewards | {"steps": 4}),  # its own
+    ):
+        args = vars(script.prepare(script.Args(device="cpu"))[0])
+        assert {name: args[name] for name in expected} == expected

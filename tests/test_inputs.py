@@ -378,6 +378,8 @@ def test_the_encoder_that_reads_most_counts(families, models, capsys):
     longer = " ".join([LONG] * 20)
     for model, prompts, said in (
         (models["epsilon"], PROMPTS, None),
+        (models["epsilon"], ["red " * 10], None),  # with start and end just 12
+        (models["epsilon"], ["red " * 11], "1 of the 1 prompts are longer than the 12 tokens"),
         (models["epsilon"], [*PROMPTS, LONG], "1 of the 4 prompts are longer than the 12 tokens"),
         (Model(families["xl"], "cpu", torch.float32), [LONG], "1 of the 1 prompts are longer than the 12"),
         (without, [LONG, longer], "2 of the 2 prompts are longer than the 12 tokens"),

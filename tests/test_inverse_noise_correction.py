@@ -593,8 +593,20 @@ def test_euler_sample_equals_the_stock_scheduler(tmp_path, kind, power, shift):
     assert torch.allclose(flow.grid(5, power), shift * expected / (1 + (shift - 1) * expected))
 
 
+@pytest.mark.parametrize(
+    "levels", [(1, 0.5, 0.5, 0), (1, 0.4, 0.6, 0), (0.9, 0.5, 0.2, 0), (1, 0.5, 0.2, 0.1)]
+)
+def test_levels_that_do_not_fall_from_1_to_0(tiny_flow, levels):
+    flow = Flow.load(tiny_flow, "cpu")
+    sigmas = torch.tensor(levels, dtype=torch.float32)
+    flow.scheduler = SimpleNamespace(sigmas=sigmas, set_timesteps=lambda sigmas: None)
+    with pytest.raises(InputError, match="levels do not fall from 1 to 0"):
+        flow.grid(3, 1.0)
+
+
 def test_grid_is_even_unlike_the_schedulers_own(tiny_flow):
     flow = Flow.load(tiny_flow, "cpu")
+    assert not any(p.requires_grad for p in flow.network.parameters())  # it is frozen
     assert torch.allclose(flow.grid(8, 1.0), EVEN.float())
     flow.scheduler.set_timesteps(8)
     assert flow.scheduler.sigmas[-2] < 0.01

@@ -303,6 +303,9 @@ def test_single_file(single_file, tiny_epsilon, tmp_path, suffix):
     scope = {}
     exec(stock_code(model), scope)
     assert difference(ours(model), stock(quiet(scope["pipe"]), steps=4, guidance=3.0, eta=0.0)) <= 1e-4
+    half = Model(str(file), "cpu", torch.bfloat16, config=str(source))
+    parts = (half.denoiser, half.vae, half.pipeline.text_encoder)
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.bfloat16}
 
 
 def test_run_on_a_single_file(single_file, tiny_arguments, tmp_path, monkeypatch):

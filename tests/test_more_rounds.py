@@ -100,6 +100,8 @@ def test_an_evaluation_that_was_the_last_only(tiny_arguments, tmp_path, eval_eve
     assert_same_run(tmp_path / "more" / "run", tmp_path / "four" / "run")
     metrics = read_metrics(tmp_path / "four" / "run")
     assert [row["reward_held_out"] != "nan" for row in metrics] == [False, False, eval_every == 3, True]
+    assert run(["--resume", "run"], tmp_path / "four") == 0  # as it is: it keeps the evaluation
+    assert read_metrics(tmp_path / "four" / "run") == metrics
 
 
 @pytest.mark.parametrize("runs", ["graft.py"], indirect=True)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from conftest import ROOT, arguments_for, assert_one_line, assert_same_run, exit_code, run_inside, run_script
 from noise_ppo import Args as NoiseArgs
-from rewards import Reward, read_rewards, score
+from rewards import Reward, read_rewards, score, takes, wants_metadata
 from utils import user_code
 from utils.prompts import Prompt, read_prompts
 from utils.runs import InputError
@@ -285,15 +285,30 @@ RANDOM = """
     import torch
 
     def score(images, prompts):
-        return [random.random() + np.random.rand() + torch.rand(()).item() for _ in images]
+        return [DRAW for _ in images]
     """
 
 
-def test_random_rewards_depend_on_the_images(tmp_path):
+@pytest.mark.parametrize("draw", ["random.random()", "np.random.rand()", "torch.rand(()).item()"])
+def test_random_rewards_depend_on_the_images(tmp_path, draw):
     """Not on what was drawn before, so that a resumed run sees the same. Yet calls differ."""
-    reward = Reward(write(tmp_path / "own.py", RANDOM))
-    first, other, again = (reward(images, PROMPTS) for images in (IMAGES, IMAGES[::-1], IMAGES))
+    reward, values = Reward(write(tmp_path / "own.py", RANDOM.replace("DRAW", draw))), []
+    for images in (IMAGES, IMAGES[::-1], IMAGES):
+        values.append(reward(images, PROMPTS))
+        draws()  # a run draws in between
+    first, other, again = values
     assert torch.equal(first, again) and not torch.equal(first, other) and len(set(first.tolist())) == 3
+
+
+def test_functions_that_do_not_tell_their_arguments(monkeypatch):
+    """Some that are written in C: they are taken for rewards of (images, prompts)."""
+
+    def unknown(function):
+        raise ValueError("no signature found")
+
+    monkeypatch.setattr("rewards.inspect.signature", unknown)
+    assert [takes(max, count) for count in range(4)] == [False, False, True, False]
+    assert not wants_metadata(max)
 
 
 QUIET = "def score(images, prompts):\n    return [float(i.getpixel((0, 0))[0]) for i in images]\n"

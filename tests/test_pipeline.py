@@ -56,6 +56,20 @@ def test_sample_equals_stock_pipeline(models, tiny_epsilon, tiny_v, kind, steps,
     assert_same_images(models[kind].decode(x), images)
 
 
+def test_many_prompts_are_encoded_as_one_is(tiny_epsilon):
+    """More than the 64 that are encoded at a time."""
+    model = Model(tiny_epsilon, "cpu", torch.float32)
+    words = ["red", "green", "blue", "yellow", "circle", "square", "triangle", "left", "right"]
+    prompts = [f"{a} {b}" for a in words for b in words]  # 81
+    together, calls = model.encode(prompts), []
+    encode_prompt = model.pipeline.encode_prompt
+    model.pipeline.encode_prompt = lambda **options: (calls.append(options), encode_prompt(**options))[1]
+    for i in (0, 63, 64, 80):
+        model.text_cache.clear()
+        assert difference(model.encode([prompts[i]])[0], together[i]) <= 1e-5
+    assert len(together) == 81 and len(calls) == 4
+
+
 def test_settings_of_the_stock_comparison_matter(models):
     """Each of seed, prompt, eta, guidance and steps changes the latents: equality above is not vacuous."""
     x = ours(models["epsilon"])

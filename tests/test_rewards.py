@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import REWARDS, Reward, diversity, image_statistics, read_rewards
+from rewards import REWARDS, Reward, as_numbers, diversity, image_statistics, read_rewards
 from shapes.render import paint
 from utils.runs import InputError
 
@@ -248,3 +248,20 @@ def test_diversity(size):
     assert diversity([black, white]) == pytest.approx(1)
     assert diversity([black, red]) == pytest.approx((1 / 3) ** 0.5)  # one channel of three
     assert diversity([black, black, white]) == pytest.approx(2 / 3)  # pairs 0, 1, 1
+
+
+def test_files_that_a_reward_reads(tmp_path):
+    """They are hashed into the run: its code and checkpoints on the disk, not those of the hub."""
+    (tmp_path / "own.py").write_text("def score(images, prompts):\n    return [0.0 for _ in images]\n")
+    (tmp_path / "model").mkdir()
+    reward = Reward(f"{tmp_path}/own.py:score+clip({tmp_path}/model)+pickscore+aesthetic(some/checkpoint)")
+    assert reward.files() == [f"{tmp_path}/own.py", f"{tmp_path}/model"]
+
+
+def test_scores_are_a_copy():
+    """A reward may write into its own tensor or array later."""
+    tensor, array = torch.ones(2), np.ones(2, np.float32)
+    scores = [as_numbers("own", values) for values in (tensor, array)]
+    tensor += 1
+    array += 1
+    assert all(values.tolist() == [1, 1] for values in scores)

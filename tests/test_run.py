@@ -343,3 +343,12 @@ def test_line_of_nan_only_is_left_out(tmp_path):
     lines = {"nan": ([1, 2], [float("nan")] * 2), "one": ([1, 2], [0.0, 1.0])}
     save_panels(tmp_path / "panels.png", [("round", "", lines)])
     assert np.asarray(Image.open(tmp_path / "panels.png").convert("L")).std() > 0
+
+
+def test_a_checkpoint_of_other_arguments(tmp_path):
+    (tmp_path / "args.json").write_text('{"lr": 1}')
+    runs.save_checkpoint(tmp_path, {"round": 2})
+    assert runs.load_checkpoint(tmp_path) == {"round": 2}
+    (tmp_path / "args.json").write_text('{"lr": 2}')
+    with pytest.raises(runs.InputError, match="checkpoint.pt was made with another args.json; put that back"):
+        runs.load_checkpoint(tmp_path)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common import LORA_FILE, SWITCH_FILE, Model, derived_seed, draw_noise
+from common import LORA_FILE, SWITCH_FILE, Model, check_start, derived_seed, draw_noise
 from conftest import PROMPTS as SOME
 from conftest import (
     SEEDS,
@@ -27,6 +27,7 @@ from conftest import (
     stock_pipeline,
     with_lora,
 )
+from graft import Args as GraftArgs
 from graft import sample
 from noise_ppo import Args as NoiseArgs
 from utils.runs import InputError
@@ -178,6 +179,14 @@ def test_bad_settings(plain, tmp_path, monkeypatch, script, flags):
     monkeypatch.setattr("common.Model", None)  # not loaded
     code, _, error = run_inside([*argv, "--lora", str(lora), *flags.split()], script)
     assert_one_line(code, error, BAD[flags])
+
+
+def test_a_stored_run_has_its_rank(plain):
+    """A resumed run's arguments come from args.json, where the rank is filled in."""
+    _, lora = plain
+    assert check_start(GraftArgs(lora=str(lora), lora_rank=4, resume="run")) == lora
+    with pytest.raises(InputError, match="--lora_rank 4: comes from the file of --lora"):
+        check_start(GraftArgs(lora=str(lora), lora_rank=4))
 
 
 # ---------------------------------------------------------------- whole runs
