@@ -1,7 +1,8 @@
 """Do the tests catch wrong equations and wrong loops? Each mutation changes one place of one function in a
 copy of the repository: a sign, an index, a level, a weight, a clamp, a normaliser, who wins a tie; or which
-images are trained on, which weights are evaluated, which seeds are used (loop_mutations.py). The tests named
-beside it must then fail. Without the change they must pass.
+images are trained on, which weights are evaluated, which seeds are used (loop_mutations.py); or what models,
+rewards, files and reports do (shared_mutations.py). The tests named beside it must then fail. Without the
+change they must pass.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/mutations.py
      Options: --only WORD  only mutations whose file, function, tests or texts contain the word
@@ -30,6 +31,7 @@ from itertools import count
 from pathlib import Path
 
 from loop_mutations import LOOP_TESTS, LOOPS
+from shared_mutations import SHARED
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "mutations.json"
@@ -79,6 +81,9 @@ CHEAP_FIRST = (
     FOLDERS,
 )
 CHEAP_FIRST += (FAMILIES, RUN, TORCHRUN)
+CHEAP_FIRST += tuple(
+    dict.fromkeys(f for *_, tests in SHARED if (f := tests.split(" -k ")[0]) not in CHEAP_FIRST)
+)
 
 # {(file, function, test file and -k): [(old, new)]}; `old` stands once in the function. The blocks that
 # pgraft.py shares with graft.py are compared by a test, so they are changed in graft.py alone.
@@ -883,7 +888,9 @@ TABLE = {
 }
 
 COLUMNS = ("file", "function", "tests", "old", "new")
-MUTATIONS = [(*where, *change) for where, changes in TABLE.items() for change in changes]  # see COLUMNS
+MUTATIONS = [  # see COLUMNS
+    (*where, *change) for table in (TABLE, SHARED) for where, changes in table.items() for change in changes
+]
 for (_file, _function), _changes in LOOPS.items():
     MUTATIONS += [(_file, _function, LOOP_TESTS[_file], old, new) for old, new in _changes]
 

@@ -60,7 +60,6 @@ class Arm:
     switches: tuple[str, ...] = ()  # levels from which on the base model takes over in further evaluations
     needs: str = ""  # arm of the same folder that must have run with the same seed
     rows: str = "metrics.csv"  # the file of the run folder that goes into "metrics"
-    flow: bool = False  # fashion/train.py first trains the flow {runs}/inc/flow_{seed}
 
 
 VALID = "--prompts benchmarks/prompts_tune.txt --eval_prompts benchmarks/prompts_valid.txt"
@@ -147,12 +146,6 @@ INC = {
     "more": Arm(f"{CORRECTION} --images 5000 --updates 2500 --no-longer", seeds=(0,)),
     "large": Arm(
         f"{CORRECTION} --images 10000 --updates 5000 --no-longer", seeds=(0,), figures=("grid.png",)
-    ),
-    "largest": Arm(f"{CORRECTION} --images 19000 --updates 5000 --no-longer", seeds=(0,)),
-    "another_flow": Arm(
-        f"{CORRECTION} --model {{runs}}/inc/flow_{{seed}} --no-longer --eval_steps 8 10 16",
-        seeds=(1, 2),
-        flow=True,
     ),
     "steps_64": Arm(
         f"{CORRECTION} --steps 64 --images 10000 --updates 4000 --sample_batch 2000 "
@@ -394,15 +387,6 @@ def finish(folder: str, name: str, seed: int, options: Options) -> None:
     execute([script, "--resume", str(run)] if begun else [script, *flags, "--output", str(run)])
 
 
-def make_flow(seed: int, options: Options) -> None:
-    """Train the flow of Arm.flow if it is not there. RuntimeError if that fails."""
-    flow = options.runs / "inc" / f"flow_{seed}"
-    if not (ROOT / flow / "scheduler").exists():  # what is written last
-        shutil.rmtree(ROOT / flow, ignore_errors=True)
-        flags = f"--seed {seed} --no-features --no-images --out {flow}{' --updates 50' * options.quick}"
-        execute(["-m", "fashion.train", *flags.split()])
-
-
 def evaluate_switched(run: Path, level: str) -> list[dict]:
     """The paired table of a run's LoRA with the base model from a level on. RuntimeError if that fails."""
     output = run.with_name(f"{run.name}__switch_{level}")
@@ -417,8 +401,6 @@ def store(folder: str, name: str, seed: int, options: Options) -> bool:
     try:
         if arm.needs and not (ROOT / run_folder(folder, arm.needs, seed, options) / "results.json").exists():
             finish(folder, arm.needs, seed, options)
-        if arm.flow:
-            make_flow(seed, options)
         finish(folder, name, seed, options)
         entries = record(ROOT / run, folder, arm, command_of(folder, name, seed, options), seed, options.jobs)
         if arm.switches:

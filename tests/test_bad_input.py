@@ -348,7 +348,13 @@ def late_files(files, tiny_v, tmp_path_factory):
     weights = "diffusion_pytorch_model.safetensors"
     for name in (f"cut_unet/unet/{weights}", "cut_vae/vae/config.json", f"cut_flow/unet/{weights}"):
         os.truncate(folder / name, 500)
-    for name, level in {"too_large": 1000, "negative": -1, "other_level": 499, "cut_lora": 499}.items():
+    for name, level in {
+        "too_large": 1000,
+        "far": 12345,
+        "negative": -1,
+        "other_level": 499,
+        "cut_lora": 499,
+    }.items():
         (folder / name).mkdir()
         stored = {"switch_timestep": level, "sigma": 0.5, "model": "other/model"}
         (folder / name / "pgraft.json").write_text(json.dumps(stored))
@@ -671,7 +677,7 @@ def test_bad_results_of_pgraft(files, late_files, models):
     for name in RESULTS[1:]:
         words = f"{name}/pgraft.json: is damaged; give the level with --switch"
         refused(words, read_switch, files / name, "the level with --switch")
-    for name in ("too_large", "negative", "other_level"):
+    for name in ("too_large", "far", "negative", "other_level"):
         words = f"{name}/pgraft.json does not fit the model: | give --model other/model"
         refused(words, read_switch, late_files / name, "another", models["v"])
 

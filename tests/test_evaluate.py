@@ -355,6 +355,15 @@ def test_one_prompt_has_no_standard_error(finished, tmp_path, monkeypatch):
     assert_one_line(code, error, "--prompts one.txt: holds one prompt")
 
 
+def test_prompts_that_a_reward_does_not_understand(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("evaluate.load_model", None)  # found before the model loads
+    Path("cats.txt").write_text("a cat\na dog\n")
+    flags = ["--prompts", "cats.txt", "--reward", "shapes_strict"]
+    code, _, error = run_inside([str(finished["graft"]), *flags], SCRIPT)
+    assert_one_line(code, error, "--prompts: 'a cat' is not a shapes prompt")
+
+
 def test_evaluations_are_the_scripts_own():
     """The functions that make the tables of the runs are those that evaluate.py calls."""
     import evaluate

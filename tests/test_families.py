@@ -15,7 +15,16 @@ import torch
 import graft
 import noise_ppo
 import pgraft
-from common import LORA_FILE, Model, check_model, derived_seed, draw_noise, read_switch, stock_code
+from common import (
+    LORA_FILE,
+    Model,
+    check_model,
+    derived_seed,
+    draw_noise,
+    read_switch,
+    stock_call,
+    stock_code,
+)
 from conftest import (
     FLUX_SIZE,
     PROMPTS,
@@ -561,6 +570,21 @@ def test_large_images_are_decoded_one_at_a_time(families, loaded, tmp_path):
     latents = torch.randn(3, 4, 8, 8, generator=seeded())
     assert_same_images(model.decode(latents), loaded["xl"].decode(latents))
     assert model.latent_shape == (4, 64, 64) and sizes == [1, 1, 1] and not loaded["xl"].vae.use_slicing
+
+
+def test_level_after_the_last_step_of_a_flow(loaded):
+    model = loaded["sd3"]
+    assert model.alpha_sigma(-1) == (1.0, 0.0) and model.alpha_sigma(250) == pytest.approx((0.75, 0.25))
+    alpha, sigma = model.alpha_sigma(torch.tensor([-5.0, 1000.0]))
+    assert alpha.tolist() == [1, 0] and sigma.tolist() == [0, 1]
+
+
+def test_what_the_stock_call_cannot_make(loaded):
+    """A flow's random steps: the printed code says so, and only then."""
+    for eta, said in ((0.0, False), (0.5, True)):
+        code = stock_call(loaded["sd3"], "a", graft.Args(steps=4, guidance=1.0, eta=eta))
+        assert code.startswith("# the stock flow is deterministic") == said and "eta=" not in code
+    assert "eta=0.5" in stock_call(loaded["xl"], "a", graft.Args(steps=4, guidance=1.0, eta=0.5))
 
 
 def test_the_vae_of_xl_has_the_models_precision(families):

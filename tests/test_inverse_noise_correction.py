@@ -44,6 +44,7 @@ from inverse_noise_correction import (
     new_network,
     noise_statistics,
 )
+from utils.images import read_images
 from utils.runs import InputError
 
 SCRIPT = "inverse_noise_correction.py"
@@ -527,6 +528,10 @@ def test_noise_statistics():
     assert mixture["energy_correlation_1"] == pytest.approx(1 / 6.125, rel=0.05)
     assert abs(mixture["correlation_1"]) < 0.02
     assert mixture["variance"] == pytest.approx(1.25, rel=0.05) and mixture["norm_spread"] > 0.3
+    columns = 2 * (-1.0) ** torch.arange(16)  # every pixel about a mean of its own
+    striped = noise_statistics(randn(4000, 1, 16, 16) + columns)
+    assert striped["variance"] == pytest.approx(1, abs=0.02)
+    assert abs(striped["correlation_1"]) < 0.02 and striped["kurtosis"] == pytest.approx(3, abs=0.05)
 
 
 def test_count_flops():
@@ -686,6 +691,17 @@ def test_model_hash(tiny_flow):
     assert model_hash(first) == model_hash(again)
     other.conv_out.bias.data[0] += 1e-6
     assert model_hash(first) != model_hash(other)
+    layer = torch.nn.Linear(2, 2)
+    hashes = {model_hash(torch.nn.ModuleDict({name: layer})) for name in ("a", "b")}
+    assert len(hashes) == 2 and model_hash(layer) not in hashes  # the same numbers under other names
+
+
+def test_timesteps_of_a_scheduler_with_another_number_of_them(tiny_flow):
+    flow, seen = Flow.load(tiny_flow, "cpu"), []
+    flow.scheduler = flow.scheduler.from_config(flow.scheduler.config, num_train_timesteps=500)
+    flow.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    flow.velocity(torch.zeros(2, *flow.shape), torch.tensor([1.0, 0.3]))
+    assert torch.allclose(seen[0], torch.tensor([500.0, 150.0]))
 
 
 # ---------------------------------------------------------------- images of a folder
@@ -737,6 +753,25 @@ def test_load_images(data, shape):
     noisy = images_of(data, shape, **sizes, data_noise=0.2)
     for name, x in images.items():
         assert (noisy[name] - x).std().item() == pytest.approx(0.2, rel=0.1)
+
+
+def test_the_middle_square_is_taken(tmp_path):
+    stripes = np.zeros((10, 30, 3), np.uint8)
+    stripes[:, 10:20] = 255
+    Image.fromarray(stripes).save(tmp_path / "wide.png")
+    Image.fromarray(stripes.swapaxes(0, 1)).save(tmp_path / "high.png")
+    images = read_images([tmp_path / "wide.png", tmp_path / "high.png"], (1, 10, 10))
+    assert images.shape == (2, 1, 10, 10) and (images == 1).all()
+
+
+@pytest.mark.parametrize("share, enough", [(0.2, False), (0.3, True), (0.7, True), (0.8, False)])
+def test_images_for_both_sides(data, share, enough):
+    """Of 90 images, 20 must be left on each side."""
+    if enough:
+        assert len(inc.find_enough_images(data, share)) == 90
+    else:
+        with pytest.raises(InputError, match="90 images are too few, 20 to invert and 20 as reference"):
+            inc.find_enough_images(data, share)
 
 
 # ---------------------------------------------------------------- one run, in a process of its own

@@ -1,5 +1,6 @@
 """--model as users have it: missing weights, fp16 files, sizes, inpainting models, LCMs, single files."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import graft
-from common import Model, check_model, config_source, draw_noise, load_part, stock_code
+from common import (
+    Model,
+    check_model,
+    config_source,
+    draw_noise,
+    is_checkpoint,
+    load_model,
+    load_part,
+    stock_code,
+)
 from conftest import (
     FLUX_SIZE,
     PROMPTS,
@@ -184,6 +194,23 @@ def test_one_of_height_and_width(tiny_epsilon):
     model = Model(tiny_epsilon, "cpu", torch.float32, width=48)
     call = graft.stock_call(model, "a", graft.Args(steps=4, guidance=1.0, eta=1.0))
     assert model.latent_shape == (4, 8, 12) and ", height=32, width=48)" in call
+    both = graft.Args(model=tiny_epsilon, device="cpu", dtype="float32", height=24, width=40)
+    assert load_model(both).latent_shape == (4, 6, 10)  # as the flags say, not turned
+
+
+def test_no_t5(families):
+    args = graft.Args(model=families["sd3"], device="cpu", dtype="float32")
+    for t5 in (True, False):
+        pipeline = load_model(dataclasses.replace(args, t5=t5)).pipeline
+        assert (pipeline.text_encoder_3 is not None) == (pipeline.tokenizer_3 is not None) == t5
+
+
+def test_a_file_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_checkpoint("owner/name")
+    Path("owner").mkdir()
+    Path("owner/name").write_text("")
+    assert is_checkpoint("owner") and not is_checkpoint("owner/name")
 
 
 def test_sizes_that_the_model_cannot_take(families, tiny_v):

@@ -59,6 +59,7 @@ def test_a_finished_run(runs, tmp_path):
     # and once more, as it is
     assert run(["--resume", "run"], tmp_path / "more", script) == 0
     assert_same_run(tmp_path / "more" / "run", four / "run")
+    assert {p.name for p in (tmp_path / "more" / "run").glob("results*")} == {"results.json", kept.name}
 
 
 @pytest.mark.parametrize("runs", ["graft.py"], indirect=True)

@@ -6,13 +6,14 @@ import itertools
 import json
 import random
 import socket
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 import rewards
 from conftest import assert_one_line, run_inside
-from rewards import Reward, edit_distance, target_text, text_score
+from rewards import Reward, edit_distance, ocr, target_text, text_score
 from utils.prompts import Prompt, read_prompts
 from utils.runs import InputError
 
@@ -156,3 +157,12 @@ def test_in_a_run(tiny_arguments, tmp_path, monkeypatch):
     table = json.loads((tmp_path / "run" / "results.json").read_text())["table"]
     (row,) = [row for row in table if row["metric"] == "ocr"]
     assert 0 <= row["tuned"] <= 1
+
+
+def test_the_reader_gets_blue_first(monkeypatch):
+    """As OpenCV has it, with which the reader was trained."""
+    seen = []
+    monkeypatch.setattr("rewards.text_reader", lambda: lambda p: seen.append(p) or SimpleNamespace(txts=None))
+    image = Image.new("RGB", (3, 2), (10, 20, 30))
+    assert ocr([image], ['"A"']).tolist() == [0.0]  # nothing was read
+    assert seen[0].shape == (2, 3, 3) and seen[0][1, 2].tolist() == [30, 20, 10]

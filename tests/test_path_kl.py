@@ -6,12 +6,14 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import path_kl
 from conftest import arguments_for, run_inside, seeded
 from pgraft import Args as PgraftArgs
+from utils.prompts import read_prompt_sets
 
 
 class Pair:
@@ -109,5 +111,14 @@ def test_run_folders(tiny_arguments, tmp_path, monkeypatch, capsys):
     again = json.loads((tmp_path / "result.json").read_text())
     assert again["runs/graft"] == stored["runs/graft"]
     assert again["runs/pgraft"]["kl"] > stored["runs/pgraft"]["kl"]
+    # the mean over prompts of their two paths, and its standard error over prompts
+    monkeypatch.setattr(
+        path_kl, "path_kl", lambda model, noise, *_: torch.arange(noise.shape[1]).float() ** 2
+    )
+    args = json.loads((tmp_path / "runs" / "graft" / "args.json").read_text())
+    n = len(read_prompt_sets(args["prompts"], args["eval_prompts"])[1])
+    pairs = np.array([((2 * p) ** 2 + (2 * p + 1) ** 2) / 2 for p in range(n)])
+    entry = path_kl.measure(tmp_path / "runs" / "graft", "cpu")
+    assert entry == pytest.approx({"kl": pairs.mean(), "se": pairs.std(ddof=1) / n**0.5})
     monkeypatch.setattr(sys, "argv", ["path_kl.py", "runs"])
     assert path_kl.main() == 2 and "error: runs: has no args.json" in capsys.readouterr().err

@@ -460,3 +460,14 @@ def test_run_reports_every_part(script, clip_folder, tiny_arguments, tmp_path, m
         assert table[spec][column] == pytest.approx(by_parts, abs=1e-6)
     for name in (spec, *parts):
         assert f"\n{name}" in out
+
+
+@pytest.mark.parametrize("words, complete", [(0, False), (40, False), (60, True), (100, True)])
+def test_a_tokenizer_with_too_few_words(monkeypatch, words, complete):
+    """Without its files transformers makes an empty one; some models have more embeddings than words."""
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: range(words))
+    if complete:
+        assert rewards.load_tokenizer("folder", 100) == range(words)
+    else:
+        with pytest.raises(ValueError, match=f"the tokenizer in folder has {words} words, the model 100"):
+            rewards.load_tokenizer("folder", 100)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import REWARDS, Reward, as_numbers, diversity, image_statistics, read_rewards
+from rewards import REWARDS, Reward, as_numbers, diversity, image_statistics, read_rewards, split
 from shapes.render import paint
 from utils.runs import InputError
 
@@ -265,3 +265,41 @@ def test_scores_are_a_copy():
     tensor += 1
     array += 1
     assert all(values.tolist() == [1, 1] for values in scores)
+
+
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        ("a+b", ["a", "b"]),
+        ("(a+b)+c", ["(a+b)", "c"]),
+        (" f(a+(b+c)) + d ", ["f(a+(b+c))", "d"]),
+        ("a)+b", ["a)", "b"]),  # closes nothing
+        ("(a+b", ["(a+b"]),
+        ("", [""]),
+    ],
+)
+def test_pieces_between_separators(text, pieces):
+    assert split(text, "+") == pieces
+
+
+def test_rewards_of_a_run():
+    """The one that is optimised comes first and is not scored twice."""
+    given = "shapes_fit, jpeg_compressibility,,2*shapes_fit"
+    assert [r.spec for r in read_rewards("jpeg_compressibility", given)] == [
+        "jpeg_compressibility",
+        "shapes_fit",
+        "2*shapes_fit",
+    ]
+
+
+def test_diversity_of_images_that_are_not_square():
+    """As many pixels as they have, up to 64 a side."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 2, 3), np.uint8)
+    rms = np.sqrt(((pixels[0] / 255 - pixels[1] / 255) ** 2).mean())
+    assert diversity([Image.fromarray(p) for p in pixels]) == pytest.approx(rms, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", ["inf", "-inf", "nan", "x", ""])
+def test_weights_that_are_no_numbers(weight):
+    with pytest.raises(InputError, match="--reward .*: the weight in .* is not a number"):
+        Reward(f"shapes_fit+{weight}*jpeg_compressibility")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -352,3 +353,30 @@ def test_a_checkpoint_of_other_arguments(tmp_path):
     (tmp_path / "args.json").write_text('{"lr": 2}')
     with pytest.raises(runs.InputError, match="checkpoint.pt was made with another args.json; put that back"):
         runs.load_checkpoint(tmp_path)
+
+
+def test_the_scaler_is_restored(tmp_path):
+    """With float16 its scale has fallen to one that suits the model."""
+    (tmp_path / "args.json").write_text("{}")
+    parameter = torch.nn.Parameter(torch.ones(2))
+    model, optimizer = SimpleNamespace(lora=lambda: {"p": parameter}), torch.optim.SGD([parameter])
+    args = SimpleNamespace(resume="", rounds=1, eval_every=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))  # sets the scale
+    _, save = runs.restore(args, tmp_path, model, optimizer, scaler)
+    save()
+    args.resume, scaler = str(tmp_path), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    parameter.data += 1
+    runs.restore(args, tmp_path, model, optimizer, scaler)
+    assert scaler.get_scale() == 8 and parameter.tolist() == [1, 1]
+
+
+def test_what_an_interrupted_run_is_told(tmp_path, monkeypatch):
+    """How to go on, if there is something to go on with."""
+    monkeypatch.setattr(runs, "LOCKS", [])
+    assert runs.last_words(KeyboardInterrupt())[0] == "\ninterrupted. Nothing was written."
+    runs.LOCKS.append(SimpleNamespace(lock_file=str(tmp_path / runs.LOCK_FILE)))
+    assert runs.last_words(KeyboardInterrupt())[0] == "\ninterrupted. Nothing was written."
+    (tmp_path / "args.json").write_text("{}")
+    text, code = runs.last_words(KeyboardInterrupt())
+    assert text.endswith(f" --resume {tmp_path}") and "Continue with: python " in text and code == 130

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common import LORA_FILE, SWITCH_FILE, Model, check_start, derived_seed, draw_noise
+from common import LORA_FILE, SWITCH_FILE, Model, check_start, derived_seed, draw_noise, find_lora
 from conftest import PROMPTS as SOME
 from conftest import (
     SEEDS,
@@ -142,6 +143,7 @@ def test_what_is_refused(plain, families, models, tiny_v, tmp_path):
     one = torch.ones(4, 16)
     cases = {
         "text": ({f"{text}.lora_down.weight": one, f"{text}.lora_up.weight": one.T.contiguous()}, "2 of its"),
+        "diffusers": ({"text_encoder.text_model.q_proj.lora_A.weight": one}, "1 of its"),
         "dora": ({f"{layer}.dora_scale": one}, "tensors fit the model"),
         "loha": ({f"{layer}.hada_w1_a": one}, ""),
         "unknown": ({"lora_unet_no_such_layer.lora_down.weight": one}, ""),
@@ -179,6 +181,14 @@ def test_bad_settings(plain, tmp_path, monkeypatch, script, flags):
     monkeypatch.setattr("common.Model", None)  # not loaded
     code, _, error = run_inside([*argv, "--lora", str(lora), *flags.split()], script)
     assert_one_line(code, error, BAD[flags])
+
+
+def test_the_file_of_a_run_is_taken_whatever_lies_beside_it(plain, tmp_path):
+    folder = Path(shutil.copytree(plain[1], tmp_path / "run"))
+    shutil.copy(folder / LORA_FILE, folder / "another.safetensors")
+    assert find_lora(str(folder), "--lora") == folder / LORA_FILE
+    (folder / LORA_FILE).unlink()
+    assert find_lora(str(folder), "--lora") == folder / "another.safetensors"
 
 
 def test_a_stored_run_has_its_rank(plain):
