@@ -134,7 +134,7 @@ class Args:
 
     reward: str = "both"  # to maximise: alignment, overlap, both or file.py:function of a page
 
-    rounds: int = 3  # times to sample, accept and update
+    rounds: int = 2  # times to sample, accept and update
     groups_per_round: int = 100  # multisets sampled in a round, none twice
     samples: int = 8  # M, samples per multiset
     rule: Rule = "topk"  # which samples are accepted; none: all of them, the control
@@ -147,8 +147,8 @@ class Args:
 
     lora_rank: int = 16  # rank of the LoRA, which is on every linear layer
     lora_alpha: float = 16.0  # the LoRA is scaled by alpha / rank
-    updates: int = 120  # optimiser updates per round
-    batch: int = 96  # pages per update
+    updates: int = 100  # optimiser updates per round
+    batch: int = 48  # pages per update
     lr: float = 5e-4  # AdamW learning rate at the start of a round; falls to 0 by its end
 
     def __post_init__(self):
