@@ -289,7 +289,10 @@ RANDOM = """
     """
 
 
-@pytest.mark.parametrize("draw", ["random.random()", "np.random.rand()", "torch.rand(()).item()"])
+DRAWS = ["random.random()", "np.random.rand()", "torch.rand(()).item()"]
+
+
+@pytest.mark.parametrize("draw", DRAWS)
 def test_random_rewards_depend_on_the_images(tmp_path, draw):
     """Not on what was drawn before, so that a resumed run sees the same. Yet calls differ."""
     reward, values = Reward(write(tmp_path / "own.py", RANDOM.replace("DRAW", draw))), []
@@ -327,7 +330,7 @@ def test_a_run_is_the_same_whatever_a_reward_changes(tiny_arguments, tmp_path):
 
 def test_a_run_with_a_random_reward_is_resumed(tiny_arguments, tmp_path):
     for folder in ("whole", "killed"):
-        write(tmp_path / folder / "own.py", RANDOM)
+        write(tmp_path / folder / "own.py", RANDOM.replace("DRAW", " + ".join(DRAWS)))
     argv = [*tiny_arguments, "--reward", "own.py:score", "--output", "run"]
     assert exit_code(argv, tmp_path / "whole") == 0
     killer = ("torch.nn.utils", "clip_grad_norm_", 2)
