@@ -432,6 +432,18 @@ def run_inside(argv: list[str], script: str = "graft.py") -> tuple[int, str, str
     return code, out.getvalue(), err.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def figures_not_drawn(request, monkeypatch):
+    """Figures are made but not drawn, which would be half the time of a tiny run. A test with the marker
+    `drawn`, a fixture of more than one test and a run in a process of its own do draw them."""
+
+    def save_dot(figure, file, **options):
+        Image.new("RGB", (1, 1)).save(file, "PNG")
+
+    if not request.node.get_closest_marker("drawn"):
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_dot)
+
+
 def run_script(argv: list[str], cwd: Path, script: str = "graft.py") -> subprocess.CompletedProcess:
     """Run a script in a process of its own, in the folder `cwd`."""
     command = [sys.executable, str(ROOT / script), *argv]

@@ -141,6 +141,7 @@ def noise_table(run, model, names, file, **changes):
 # ---------------------------------------------------------------- as the run did
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name", ["graft", "pgraft", "noise_ppo", "both"])
 def test_reproduces_the_final_evaluation(evaluate, finished, name):
     folder, out = evaluate(finished[name])

@@ -747,6 +747,7 @@ SCRIPTS = ("graft.py", "pgraft.py", "noise_ppo.py")
 RUNS = [(kind, script) for kind in ("xl", "sd3", "flux", "klein_base") for script in SCRIPTS]
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("kind, script", [*RUNS, *((kind, "graft.py") for kind in UNGUIDED)])
 def test_complete_run(families, prompt_files, tmp_path, monkeypatch, kind, script):
     from PIL import Image

@@ -273,6 +273,7 @@ def assert_last_line(code, error, named):
     assert_one_line(code, error.rpartition("\r")[2], named)
 
 
+@pytest.mark.drawn
 def test_states_at_the_switch(tiny, tmp_path, monkeypatch):
     """The switch is between two levels: the base begins at the lower one, where the states are taken."""
     out, folder = run_tiny(SETTINGS, tiny, tmp_path, monkeypatch)

@@ -272,6 +272,7 @@ def assert_last_line(code, error, named):
     assert_one_line(code, error.rpartition("\r")[2], named)
 
 
+@pytest.mark.drawn
 def test_the_best_of_each_group(tiny, tmp_path, monkeypatch):
     out, folder = run_tiny(SETTINGS | {"save_accepted": True}, tiny, tmp_path, monkeypatch)
     plain, rows = assert_replayed(SETTINGS, tiny, folder)

@@ -339,6 +339,7 @@ def test_without_held_out_prompts_every_tenth_is_held_out(tiny_arguments, tmp_pa
     assert "2 held-out prompts" in out and "1 rounds x 18 prompts" in out
 
 
+@pytest.mark.drawn
 def test_line_of_nan_only_is_left_out(tmp_path):
     """Such as the explained variance of a reward that never varies."""
     lines = {"nan": ([1, 2], [float("nan")] * 2), "one": ([1, 2], [0.0, 1.0])}

@@ -298,6 +298,7 @@ def test_noise_ppo_takes_the_same_files(plain, tmp_path):
     assert results[0] == results[1]
 
 
+@pytest.mark.drawn
 def test_printed_code_makes_the_evaluated_image(plain, tmp_path, monkeypatch):
     """Of a LoRA with other ranks and alphas, tuned further: the stock pipeline makes the run's image."""
     argv, _ = plain
