@@ -22,6 +22,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import safetensors.torch
@@ -72,6 +73,9 @@ class Args:
     updates: int = 16_000  # optimiser updates of the flow
     batch: int = 128  # images per update
     lr: float = 1e-3  # AdamW learning rate: warm-up, then cosine to 0
+    # of the flow's calls in training (autocast); bfloat16 suits a GPU, or a CPU with AMX, on which it is
+    # nearly twice as fast
+    dtype: Literal["float32", "bfloat16"] = "float32"
     feature_updates: int = 3000  # updates of the feature network
 
     def __post_init__(self):
@@ -176,7 +180,8 @@ def train_flow(args: Args, images: torch.Tensor) -> Flow:
     def update_once():
         x = images[torch.randint(len(images), (args.batch,), device=args.device)]  # (batch, c, h, w)
         eps, sigma = torch.randn_like(x), torch.rand(args.batch, device=args.device)
-        loss = flow_loss(flow.velocity, x, eps, sigma)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = flow_loss(flow.velocity, x, eps, sigma)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

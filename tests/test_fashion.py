@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -148,11 +149,19 @@ def test_training_script(mnist, tmp_path, capsys, monkeypatch):
         train.main(train.Args(out=tmp_path / "all", mnist=folder, flow=False, images=False, **short()))
 
 
-def test_updates_of_the_flow(capsys):
-    """Three updates, computed again: the draws, equation (4), clipping, AdamW, the average, the losses."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_of_the_flow(dtype, capsys, monkeypatch):
+    """Three updates, computed again: the draws, equation (4), clipping, AdamW, the average, the losses.
+    With bfloat16 the network's products are rounded, the weights and what AdamW keeps are not."""
     images = torch.rand(7, 1, 8, 8, generator=seeded()) * 40 - 20  # far out, so that gradients are clipped
-    args = train.Args(out="unused", device="cpu", seed=3, updates=3, batch=5, lr=0.3, network="unet:4,8")
+    args = train.Args(
+        out="unused", device="cpu", seed=3, updates=3, batch=5, lr=0.3, network="unet:4,8", dtype=dtype
+    )
+    products = []
+    monkeypatch.setattr(F, "conv2d", lambda *a, conv2d=F.conv2d: products.append(conv2d(*a)) or products[-1])
     trained = train.train_flow(args, images).network
+    assert {product.dtype for product in products} == {getattr(torch, dtype)}
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
 
     torch.manual_seed(3)
     network = new_network("unet:4,8", 8, 1, 1)
@@ -165,7 +174,8 @@ def test_updates_of_the_flow(capsys):
         x = images[torch.randint(7, (5,))]
         eps, sigma = torch.randn(5, 1, 8, 8), torch.rand(5)
         level = sigma.view(5, 1, 1, 1)
-        velocity = network((1 - level) * x + level * eps, 1000 * sigma).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            velocity = network((1 - level) * x + level * eps, 1000 * sigma).sample
         loss = ((velocity - (eps - x)) ** 2).mean()
         network.zero_grad()
         loss.backward()
