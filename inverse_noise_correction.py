@@ -111,7 +111,7 @@ class Args:
 
     steps: int = 8  # N, Euler steps of the sampler that is inverted and corrected
     grid_power: float = 1.0  # sigma_k = (1 - k / N)^power, before the scheduler's own shift; 1: even steps
-    sample_batch: int = 500  # images inverted or sampled at a time
+    sample_batch: int = 250  # images inverted or sampled at a time
 
     images: int = 3000  # images to invert, at most
     tolerance: float = 1e-3  # a step has converged when its pixels change by less (root mean square)
@@ -548,7 +548,8 @@ def train_corrector(corrector, held_out, noises, args, state, save):
     @torch.no_grad()
     def held_out_loss():
         generator = torch.Generator().manual_seed(derived_seed("held out"))
-        parts = held_out.repeat(4, 1, 1, 1).split(args.sample_batch)  # four draws of eps and t for each
+        # four draws of eps and t for each, not in parts of --sample_batch, on which no draw may depend
+        parts = held_out.repeat(4, 1, 1, 1).split(500)
         return sum(loss(generator, part).item() * len(part) for part in parts) / (4 * len(held_out))
 
     if not state:

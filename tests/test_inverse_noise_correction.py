@@ -422,7 +422,7 @@ def test_corrector_is_told_the_norm():
     z = z / z.square().mean((1, 2, 3), keepdim=True).sqrt()  # on the sphere
     torch.manual_seed(0)
     corrector = Corrector(OfTheNorm(), settings_of(scale=1.0, corrector_steps=50), {})
-    args = SimpleNamespace(device="cpu", batch=256, sample_batch=500, updates=400, lr=0.01, seed=0)
+    args = SimpleNamespace(device="cpu", batch=256, updates=400, lr=0.01, seed=0)
     args.checkpoint_every = 100
     inc.train_corrector(corrector, z[:400], z[400:], args, {}, lambda: None)
     eps = torch.randn(4000, 1, 4, 4, generator=seeded(1))
@@ -447,7 +447,7 @@ def test_learnt_corrector_has_the_known_distribution():
     z = stds * torch.randn(3000, 2, 1, 1, generator=seeded())
     scale = z.square().mean().sqrt().item()
     corrector = Corrector(PerChannel(2), settings_of(scale=scale, corrector_steps=50), {})
-    args = SimpleNamespace(device="cpu", batch=256, sample_batch=500, updates=300, lr=0.05, seed=0)
+    args = SimpleNamespace(device="cpu", batch=256, updates=300, lr=0.05, seed=0)
     args.checkpoint_every = 50
     state, saved = {}, []
     inc.train_corrector(corrector, z[:300], z[300:], args, state, lambda: saved.append(state["update"]))
@@ -464,7 +464,7 @@ def test_best_held_out_weights_are_kept():
     at worst the control's."""
     z = torch.randn(40, 2, 1, 1, generator=seeded())
     corrector = Corrector(PerChannel(2), settings_of(), {})
-    args = SimpleNamespace(device="cpu", batch=30, sample_batch=500, updates=60, lr=0.3, seed=0)
+    args = SimpleNamespace(device="cpu", batch=30, updates=60, lr=0.3, seed=0)
     args.checkpoint_every = 10
     state = {}
     inc.train_corrector(corrector, z[:10], z[10:], args, state, lambda: None)
