@@ -60,6 +60,7 @@ class Arm:
     switches: tuple[str, ...] = ()  # levels from which on the base model takes over in further evaluations
     needs: str = ""  # arm of the same folder that must have run with the same seed
     rows: str = "metrics.csv"  # the file of the run folder that goes into "metrics"
+    flow: bool = False  # fashion/train.py trains the flow {runs}/inc/flow_{seed} first
 
 
 VALID = "--prompts benchmarks/prompts_tune.txt --eval_prompts benchmarks/prompts_valid.txt"
@@ -135,8 +136,9 @@ NOISE_PPO = {
 
 # ---------------------------------------------------------------- Inverse Noise Correction
 # All seeds share base, images and evaluation noises; they differ in the training of the corrector. So the
-# rows of the base and of the controls are the same in all. Of the arms "grid_..." only the row "base" counts,
-# of "anderson" and "plain_iteration" only the inversion.
+# rows of the base and of the controls are the same in all. Only "large_flow" and "largest_flow" have another
+# base for each seed. Of the arms "grid_..." only the row "base" counts, of "anderson" and "plain_iteration"
+# only the inversion.
 
 CORRECTION = "inverse_noise_correction.py"
 ONE_ROW = "--updates 1 --eval_corrector_steps 2 --no-longer --max_failed 1"
@@ -144,8 +146,19 @@ INC = {
     "default": Arm(CORRECTION, seeds=(0,), figures=("curve.png", "grid.png", "noise.png")),
     "default_again": Arm(f"{CORRECTION} --no-longer --eval_steps 8", seeds=(1, 2)),
     "more": Arm(f"{CORRECTION} --images 5000 --updates 2500 --no-longer", seeds=(0,)),
-    "large": Arm(
-        f"{CORRECTION} --images 10000 --updates 5000 --no-longer", seeds=(0,), figures=("grid.png",)
+    "large": Arm(f"{CORRECTION} --images 10000 --updates 5000 --no-longer", seeds=(0,)),
+    "largest": Arm(
+        f"{CORRECTION} --images 20000 --updates 12000 --no-longer", seeds=(0,), figures=("grid.png",)
+    ),
+    "large_flow": Arm(
+        f"{CORRECTION} --model {{runs}}/inc/flow_{{seed}} --images 10000 --updates 5000 --no-longer",
+        seeds=(1, 2),
+        flow=True,
+    ),
+    "largest_flow": Arm(
+        f"{CORRECTION} --model {{runs}}/inc/flow_{{seed}} --images 20000 --updates 12000 --no-longer",
+        seeds=(1, 2),
+        flow=True,
     ),
     "steps_64": Arm(
         f"{CORRECTION} --steps 64 --images 10000 --updates 4000 --sample_batch 2000 "
@@ -387,6 +400,15 @@ def finish(folder: str, name: str, seed: int, options: Options) -> None:
     execute([script, "--resume", str(run)] if begun else [script, *flags, "--output", str(run)])
 
 
+def make_flow(seed: int, options: Options) -> None:
+    """Train the flow of Arm.flow if it is not there. RuntimeError if that fails."""
+    flow = options.runs / "inc" / f"flow_{seed}"
+    if not (ROOT / flow / "scheduler").exists():  # what is written last
+        shutil.rmtree(ROOT / flow, ignore_errors=True)
+        flags = f"--seed {seed} --dtype bfloat16 --no-features --no-images --out {flow}"
+        execute(["-m", "fashion.train", *flags.split(), *["--updates", "50"] * options.quick])
+
+
 def evaluate_switched(run: Path, level: str) -> list[dict]:
     """The paired table of a run's LoRA with the base model from a level on. RuntimeError if that fails."""
     output = run.with_name(f"{run.name}__switch_{level}")
@@ -401,6 +423,8 @@ def store(folder: str, name: str, seed: int, options: Options) -> bool:
     try:
         if arm.needs and not (ROOT / run_folder(folder, arm.needs, seed, options) / "results.json").exists():
             finish(folder, arm.needs, seed, options)
+        if arm.flow:
+            make_flow(seed, options)
         finish(folder, name, seed, options)
         entries = record(ROOT / run, folder, arm, command_of(folder, name, seed, options), seed, options.jobs)
         if arm.switches:

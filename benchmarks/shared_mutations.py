@@ -732,6 +732,41 @@ SHARED = {
     ("fashion/train.py", "train_flow", "tests/test_fashion.py -k test_updates_of_the_flow"): [
         ("min(0.999, (i + 1) / (i + 10))", "0.999"),
         ("torch._foreach_copy_(parameters, average)", "pass"),
+        ('enabled=args.dtype == "bfloat16"', "enabled=False"),
+    ],
+    ("benchmarks/judges.py", "samples_of", "tests/test_judges.py"): [
+        ('derived_seed("eval", number)', 'derived_seed("judge", number)'),
+        ("if steps == run_args.steps else 1.0", "if steps else 1.0"),
+        ("if corrector.gaussian:", "if True:"),
+    ],
+    ("benchmarks/judges.py", "main", "tests/test_judges.py"): [
+        ("batch, args.judge)", "batch)"),
+        ('{"floor": images["floor"]}', '{"floor": images["invert"]}'),
+        ('reference = features(images["reference"])', 'reference = features(images["floor"])'),
+        ('images["invert"][:n], images["reference"][:n]', 'images["reference"][:n], images["invert"][:n]'),
+    ],
+    ("benchmarks/judges.py", "kernel_distance", "tests/test_judges.py -k test_kernel_distance"): [
+        (" - values.trace()", ""),
+        ("** 3", "** 2"),
+        ("/ x.shape[1]", ""),
+    ],
+    ("benchmarks/judges.py", "share_of_copies", "tests/test_judges.py -k test_share_of_copies"): [
+        ("near < far", "near > far"),
+        (".amin(1)", ".mean(1)"),
+    ],
+    ("benchmarks/judges.py", "imagenet_features", "tests/test_judges.py -k test_features_of_imagenet"): [
+        (".clamp(-1, 1)", ""),
+        (".eval()", ""),
+        ("images.split(sample_batch)", "[images]"),
+    ],
+    (
+        "benchmarks/run.py",
+        "make_flow",
+        "tests/test_benchmark_run.py -k test_the_flow_of_an_arm_is_trained_first",
+    ): [
+        ('(ROOT / flow / "scheduler").exists()', "(ROOT / flow).exists()"),
+        ("shutil.rmtree(ROOT / flow, ignore_errors=True)", "pass"),
+        ("--dtype bfloat16 ", ""),
     ],
     ("fashion/train.py", "main", "tests/test_fashion.py -k test_training_script"): [
         ('add_data_noise(images, args.data_noise, "train")', "images"),

@@ -570,6 +570,34 @@ def correction() -> str:
     return table(["", *columns], rows)
 
 
+FLOWS_ROWS = {  # (arm, steps) of a run's table: label
+    ("base", 8): "base",
+    ("base", 10): "base",
+    ("base", 16): "base",
+    ("base", 32): "base",
+    ("scale only", 8): "scale only",
+    ("gaussian", 8): "Gaussian",
+    ("gaussian, norms matched", 8): "Gaussian, norms matched",
+    ("corrector, M = 2", 8): "corrector, M = 2",
+    ("corrector", 8): "**corrector, M = 4**",
+    ("corrector, M = 8", 8): "corrector, M = 8",
+}
+
+
+@part("three flows")
+def three_flows() -> str:
+    records = [*runs("inc/largest"), *runs("inc/largest_flow")]
+    entries = [{(row["arm"], row["steps"]): row for row in r["results"]["table"]} for r in records]
+    corrector, rows = [entry["corrector", 8]["fd"] for entry in entries], []
+    for (arm, steps), label in FLOWS_ROWS.items():
+        distances = [entry[arm, steps]["fd"] for entry in entries]
+        paired = average(np.subtract(corrector, distances)) if arm != "corrector" else ""
+        cost = f"{entries[0][arm, steps]['flops'] / 1e6:.0f}"
+        rows.append([label, steps, cost, *(f"{fd:.2f}" for fd in distances), average(distances), paired])
+    columns = ["steps", "MFLOP an image", *(f"flow {i}" for i in range(len(entries))), "mean"]
+    return table(["", *columns, "corrector minus this, paired"], rows)
+
+
 @part("grids")
 def grids() -> str:
     rows = []
@@ -582,14 +610,61 @@ def grids() -> str:
 @part("more images")
 def more_images() -> str:
     rows = []
-    for arm, trained in {"default": "1800 × 128", "more": "2500 × 128", "large": "5000 × 128"}.items():
+    for arm, updates in {"default": 1800, "more": 2500, "large": 5000, "largest": 12_000}.items():
         results = runs(f"inc/{arm}")[0]["results"]
         images, loss = results["inversion"]["images"], results["corrector"]
         names = ("corrector, M = 2", "corrector", "corrector, M = 8")
         cells = [f"{correction_entries(arm, name, 8)[0]['fd']:.2f}" for name in names]
-        rows.append([images, trained, *cells, f"{loss['held_out']:.4f} ({loss['identity']:.4f})"])
+        cells.append(f"{loss['held_out']:.4f} ({loss['identity']:.4f})")
+        others = correction_entries(f"{arm}_flow", "corrector", 8) if arm in ("large", "largest") else []
+        cells.append(", ".join(f"{entry['fd']:.2f}" for entry in others))
+        rows.append([images, f"{updates} × 128", *cells])
     columns = ["updates × batch", "M = 2", "M = 4", "M = 8", "held-out loss (with velocity 0)"]
-    return table(["inverted images, seed 0", *columns], rows)
+    return table(["inverted images, seed 0", *columns, "M = 4 of two other flows"], rows)
+
+
+JUDGES = {  # of benchmarks/judges.py: column
+    "embedded": "embedded network",
+    "another": "the same, another seed",
+    "pixels": "means of 2 × 2 pixels",
+    "imagenet": "EfficientNet-Lite0",
+    "imagenet, KID": "its KID",
+    "copies": "nearer to an inverted image",
+}
+SAMPLERS = {"base": "base", "gaussian": "Gaussian", "corrector": "**corrector, M = 4**", "": "data (floor)"}
+
+
+def judgements(run: str) -> dict[str, dict]:
+    """{judge: {sampler and steps: distance}} of benchmarks/judges.py for a run."""
+    return {row["judge"]: row for row in stored(f"judges/{run}")["rows"]}
+
+
+@part("judges")
+def judged() -> str:
+    judges = judgements("largest__0")
+    lines = []
+    for name in (name for name in judges["embedded"] if name != "judge"):
+        cells = [f"{judges[judge][name]:#.4g}" for judge in JUDGES if judge != "copies"]
+        arm, _, steps = name.rpartition(" ")
+        lines.append([SAMPLERS[arm], steps if arm else "", *cells, f"{judges['copies'][name]:.1%}"])
+    return table(["Fréchet distance by", "steps", *JUDGES.values()], lines)
+
+
+@part("runs judged")
+def runs_judged() -> str:
+    labels = {
+        "default_run": "flow 0, 3000 images, 1800 updates",
+        "largest__0": "flow 0, 20,000 images, 12,000 updates",
+        "largest_flow__1": "flow 1, 20,000 images, 12,000 updates",
+    }
+    samplers = ("base 8", "base 10", "gaussian 8", "corrector 8")
+    lines = []
+    for run, label in labels.items():
+        judges = [judgements(run)[judge] for judge in ("imagenet", "imagenet, KID")]
+        lines.append([label, *(f"{judge[name]:#.4g}" for judge in judges for name in samplers)])
+    columns = ["base, 8 steps", "base, 10", "Gaussian, 8", "corrector, 8"]
+    title = "by EfficientNet-Lite0"
+    return table([title, *columns, *(f"KID: {name}" for name in columns)], lines)
 
 
 def correction_table(title: str, rows) -> str:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import tyro
 
 import awm
 import common
@@ -17,6 +18,7 @@ import noise_ppo
 import pgraft
 import run
 from conftest import ROOT, arguments_for, run_inside
+from fashion import train as fashion_train
 from layouts import pgraft_layouts
 from molecules import graft_molecules
 from run import ARMS, Arm, Options
@@ -174,6 +176,34 @@ def test_a_needed_run_is_made_if_only_its_record_is_there(options, tmp_path):
     target.write_text("{}")
     assert run.run_all([("compare", "second", 1), ("compare", "first", 1)], options)
     assert [command[0] for command in options.executed] == ["graft.py", "noise_ppo.py"]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_flow_of_an_arm_is_trained_first(quick, options, tmp_path, monkeypatch):
+    """It is not trained again, unless its folder is not complete."""
+    arm = Arm("inverse_noise_correction.py --model {runs}/inc/flow_{seed}", seeds=(1,), flow=True)
+    monkeypatch.setitem(ARMS, "inc", {"own": arm})
+    options.quick, flow, done = quick, tmp_path / "runs" / "inc" / "flow_1", []
+    monkeypatch.setattr(run, "execute", lambda command: done.append(command) or flow.mkdir(parents=True))
+    monkeypatch.setattr(run, "finish", lambda *job: done.append(job[:3]))
+    monkeypatch.setattr(run, "record", lambda *values: {})
+
+    def run_again():
+        done.clear()
+        (tmp_path / "results" / "inc" / "own__1.json").unlink(missing_ok=True)
+        assert run.run_all([("inc", "own", 1)], options)
+        return done
+
+    (module, name, *flags), job = run_again()
+    assert [module, name, job] == ["-m", "fashion.train", ("inc", "own", 1)]
+    args = tyro.cli(fashion_train.Args, args=flags, use_underscores=True)
+    assert (args.seed, args.out, args.dtype, args.size) == (1, flow, "bfloat16", 16)
+    assert args.flow and not args.features and not args.images
+    assert args.updates == (50 if quick else fashion_train.Args.updates)
+    (flow / "unet").mkdir()
+    assert len(run_again()) == 2 and not (flow / "unet").exists()  # of a training that was stopped
+    (flow / "scheduler").mkdir()
+    assert run_again() == [("inc", "own", 1)]
 
 
 def test_a_failed_run_stores_nothing(options, tmp_path, monkeypatch, capsys):

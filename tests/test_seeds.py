@@ -86,6 +86,7 @@ CALLS = {
         "args.seed, 'update', r": ["SEED update round"],
     },
     "benchmarks/path_kl": {"'eval', i, j": ["eval prompt sample"]},
+    "benchmarks/judges": {"'eval', number": ["eval image"]},
     "benchmarks/base": {"tag, i, j": ["eval prompt sample", "best prompt sample"]},
     "molecules/graft_molecules": {
         "'eval', i": ["eval molecule"],
@@ -127,6 +128,10 @@ RUNS = {  # script: the kinds of key that meet in one of its runs
     "benchmarks/awm": TUNING,
     "benchmarks/path_kl": ["eval prompt sample"],
     "benchmarks/base": ["eval prompt sample", "best prompt sample"],
+    "benchmarks/judges": [
+        "eval image",
+        *CALLS["inverse_noise_correction"]["'data noise', name"],
+    ],
     "benchmarks/evaluate": ["eval prompt sample"],
     "fashion/train": ["SEED feature_network image", "SEED flow", "split", "data_noise train"],
     "molecules/graft_molecules": sum(CALLS["molecules/graft_molecules"].values(), []),
