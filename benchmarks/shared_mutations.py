@@ -751,7 +751,7 @@ SHARED = {
         ("/ x.shape[1]", ""),
     ],
     ("benchmarks/judges.py", "share_of_copies", "tests/test_judges.py -k test_share_of_copies"): [
-        ("near < far", "near > far"),
+        ("to_inverted < to_reference", "to_inverted > to_reference"),
         (".amin(1)", ".mean(1)"),
     ],
     ("benchmarks/judges.py", "imagenet_features", "tests/test_judges.py -k test_features_of_imagenet"): [

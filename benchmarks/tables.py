@@ -636,14 +636,15 @@ SAMPLERS = {"base": "base", "gaussian": "Gaussian", "corrector": "**corrector, M
 
 def judgements(run: str) -> dict[str, dict]:
     """{judge: {sampler and steps: distance}} of benchmarks/judges.py for a run."""
-    return {row["judge"]: row for row in stored(f"judges/{run}")["rows"]}
+    rows = stored(f"judges/{run}")["rows"]
+    return {row["judge"]: {name: x for name, x in row.items() if name != "judge"} for row in rows}
 
 
 @part("judges")
 def judged() -> str:
     judges = judgements("largest__0")
     lines = []
-    for name in (name for name in judges["embedded"] if name != "judge"):
+    for name in judges["embedded"]:
         cells = [f"{judges[judge][name]:#.4g}" for judge in JUDGES if judge != "copies"]
         arm, _, steps = name.rpartition(" ")
         lines.append([SAMPLERS[arm], steps if arm else "", *cells, f"{judges['copies'][name]:.1%}"])
