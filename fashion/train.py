@@ -66,7 +66,7 @@ class Args:
     data: str = ""  # folder of images; left out: Fashion-MNIST
     size: int = 16  # pixels of a side; Fashion-MNIST has 28
     channels: int = 1  # with --data: 1 grey, 3 RGB
-    data_noise: float = 0.02  # as in inverse_noise_correction.py
+    data_noise: float = 0.02  # standard deviation of noise added to the images that the flow learns
     reference_share: float = 0.5  # with --data: share not trained on, for inverse_noise_correction.py
 
     network: str = "unet:24,48,48"  # see new_network

@@ -49,8 +49,8 @@ def test_distances_are_those_of_the_run(normalise, another, tmp_path, monkeypatc
     for name, fd in (expected | {"floor": results["floor"]}).items():
         assert embedded[name] == pytest.approx(fd, rel=1e-4), name
 
-    reference = add_data_noise(reference_images(), 0.02, "reference")
-    floor = add_data_noise(training_images()[-50:], 0.02, "floor")
+    reference = add_data_noise(reference_images(), 0.005, "reference")
+    floor = add_data_noise(training_images()[-50:], 0.005, "floor")
     judged = {f"{arm} {steps}": images for (arm, steps), images in sampled.items()} | {"floor": floor}
     assert all(set(row) == set(judged) for row in rows.values())
     for judge, features in (
@@ -62,7 +62,7 @@ def test_distances_are_those_of_the_run(normalise, another, tmp_path, monkeypatc
             assert rows[judge][name] == pytest.approx(frechet_distance(*both), rel=1e-4), name
             kid = judges.kernel_distance(*both)
             assert rows[f"{judge}, KID"][name] == pytest.approx(kid, rel=1e-4), name
-    inverted = add_data_noise(training_images()[:40], 0.02, "invert")
+    inverted = add_data_noise(training_images()[:40], 0.005, "invert")
     for name, images in judged.items():
         gaps = (images[:, None] - torch.cat([inverted, reference[:40]])).square().sum((2, 3, 4))  # (50, 80)
         share = (gaps.argmin(1) < 40).float().mean().item()

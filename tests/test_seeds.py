@@ -86,7 +86,7 @@ CALLS = {
         "args.seed, 'update', r": ["SEED update round"],
     },
     "benchmarks/path_kl": {"'eval', i, j": ["eval prompt sample"]},
-    "benchmarks/judges": {"'eval', number": ["eval image"]},
+    "benchmarks/black_ground": {"'eval', i": ["eval image"]},
     "benchmarks/base": {"tag, i, j": ["eval prompt sample", "best prompt sample"]},
     "molecules/graft_molecules": {
         "'eval', i": ["eval molecule"],
@@ -132,6 +132,7 @@ RUNS = {  # script: the kinds of key that meet in one of its runs
         "eval image",
         *CALLS["inverse_noise_correction"]["'data noise', name"],
     ],
+    "benchmarks/black_ground": ["eval image", "data_noise invert"],
     "benchmarks/evaluate": ["eval prompt sample"],
     "fashion/train": ["SEED feature_network image", "SEED flow", "split", "data_noise train"],
     "molecules/graft_molecules": sum(CALLS["molecules/graft_molecules"].values(), []),
