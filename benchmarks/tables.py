@@ -665,7 +665,8 @@ def runs_judged() -> str:
     labels = {  # run: data noise, flow, inverted images and updates of the corrector
         "default__0": ("0.005", "flow 0, 3000 images, 1800 updates"),
         "default_noise_0.02": ("0.02", "the same"),
-        "largest__0": ("0.005", "flow 0, 20,000 images, 12,000 updates"),
+        "largest_noise_0.001__0": ("0.001", "flow 0, 20,000 images, 12,000 updates"),
+        "largest__0": ("0.005", "the same"),
         "largest_noise_0.02__0": ("0.02", "the same"),
         "largest_flow_noise_0.02__1": ("0.02", "flow 1, 20,000 images, 12,000 updates"),
     }
