@@ -743,12 +743,13 @@ SHARED = {
         ('corrector.settings["scale"] * eps', "eps"),
         ("corrector.destandardise(eps)", "eps"),
         ('stored["steps"], stored["grid_power"]', 'stored["steps"], 1.0'),
+    ],
+    ("benchmarks/black_ground.py", "deviations", "tests/test_black_ground.py"): [
         ("z[~ground]", "z"),
     ],
     ("benchmarks/black_ground.py", "measure", "tests/test_black_ground.py"): [
         ("samples[black_ground(samples)]", "samples"),
         ("ground[inversion.converged]", "ground[: inversion.converged.sum()]"),
-        ("z[~where]", "z"),
         ("1 - len(z) / len(images)", "len(z) / len(images)"),
         ("flow.grid(steps, power)", "flow.grid(steps, 1.0)"),
     ],

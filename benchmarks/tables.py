@@ -715,9 +715,9 @@ def noise_by_pixels() -> str:
         "largest__0": "20,000 images, 12,000 updates",
     }
     arms = ("inverted", "scale only", "gaussian", "corrector")
-    runs_rows, rows = stored("black_ground")["runs"], []
+    noises, rows = stored("black_ground")["runs"], []
     for run, label in labels.items():
-        entries = {row["arm"]: row for row in runs_rows if row["run"] == run}
+        entries = {row["arm"]: row for row in noises if row["run"] == run}
         cells = [f"{entries[arm]['ground']:.2f}, {entries[arm]['elsewhere']:.2f}" for arm in arms]
         rows.append([entries["inverted"]["data_noise"], label, *cells])
     columns = ["corrector of", "inverted", "scale only", "Gaussian", "corrector"]
