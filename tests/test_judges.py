@@ -33,6 +33,9 @@ def another(tmp_path):
 def test_distances_are_those_of_the_run(normalise, another, tmp_path, monkeypatch):
     """By the embedded judge they are the numbers of the run's own table; others judge the same images."""
     monkeypatch.chdir(tmp_path)
+    reference = reference_images()[:500]  # of all 10,000 the KIDs would take minutes
+    for module in ("fashion.images", "inverse_noise_correction"):
+        monkeypatch.setattr(f"{module}.reference_images", lambda folder: reference)
     argv = [*FLAGS.split(), "--normalise", normalise, "--output", "run", "--device", "cpu"]
     code, _, error = run_inside(argv, "inverse_noise_correction.py")
     assert code == 0, error
@@ -49,7 +52,7 @@ def test_distances_are_those_of_the_run(normalise, another, tmp_path, monkeypatc
     for name, fd in (expected | {"floor": results["floor"]}).items():
         assert embedded[name] == pytest.approx(fd, rel=1e-4), name
 
-    reference = add_data_noise(reference_images(), 0.005, "reference")
+    reference = add_data_noise(reference, 0.005, "reference")
     floor = add_data_noise(training_images()[-50:], 0.005, "floor")
     judged = {f"{arm} {steps}": images for (arm, steps), images in sampled.items()} | {"floor": floor}
     assert all(set(row) == set(judged) for row in rows.values())
@@ -86,10 +89,9 @@ def test_kernel_distance():
     few = [judges.kernel_distance(*torch.randn(2, 6, 2, generator=generator)) for _ in range(4000)]
     assert abs(sum(few)) / 4000 < 4 * torch.tensor(few).std() / 4000**0.5
     # of (x y + 1)^3 the means are 1 + 3 m n + 3 E[x^2] E[y^2] + E[x^3] E[y^3], for N(1, 1): 1, 2 and 4
-    apart = judges.kernel_distance(
-        torch.randn(20_000, 1, generator=generator), torch.randn(20_000, 1, generator=generator) + 1
-    )
-    assert apart == pytest.approx((1 + 3) + (1 + 3 + 12 + 16) - 2 * (1 + 6), rel=0.05)
+    x, y = torch.randn(2, 5000, 1, generator=generator)
+    expected = (1 + 3) + (1 + 3 + 12 + 16) - 2 * (1 + 6)
+    assert judges.kernel_distance(x, y + 1) == pytest.approx(expected, rel=0.1)
 
 
 def test_share_of_copies():

@@ -6,6 +6,8 @@ processes: it is the same to the last bit. Sums of gradients are the same but fo
 
 import json
 import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -286,3 +288,39 @@ def test_a_script_of_one_process_is_refused(cwd, monkeypatch):
     monkeypatch.setattr(runs, "SIZE", 2)
     code, _, error = run_inside([], "inverse_noise_correction.py")
     assert_one_line(code, error, "inverse_noise_correction.py uses one process; start it with python")
+
+
+ENDED = """
+import atexit, os, sys
+from dataclasses import dataclass
+from utils.runs import run_script
+
+@dataclass
+class Args:
+    pass
+
+class Busy:
+    def __del__(self, abort=os.abort):
+        abort()
+
+def main(args):
+    sys.busy = Busy()
+    atexit.register(print, "put in order")
+
+run_script(main, Args, shared=True)
+"""
+
+
+def test_nothing_fails_after_the_end():
+    """What is still busy when the interpreter ends, as threads of torch may be, makes no run fail. What was
+    asked for at the end is done."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", ENDED]
+    # without torchrun the interpreter ends as always, which shows that the class does what it should
+    for env, code in ((environment() | names, 0), (environment(), -signal.SIGABRT)):
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+        assert (done.returncode, done.stdout) == (code, "put in order\n"), done.stderr

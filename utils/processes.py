@@ -4,6 +4,7 @@ Without torchrun there is one process, and nothing here does anything. Under it 
 script with the same arguments. It computes its share of the images and has everything else in full.
 """
 
+import atexit
 import contextlib
 import os
 import sys
@@ -42,11 +43,13 @@ def start_processes() -> None:
 
 
 def end_processes() -> None:
-    """Disconnect them, when all have come here."""
+    """Disconnect them, when all have come here, and end this one."""
     gather([])
     if LAUNCHED:
         dist.destroy_process_group()
         STORES.clear()
+        atexit._run_exitfuncs()
+        leave(0)  # in the interpreter's own end threads of torch may abort the process
 
 
 @contextlib.contextmanager
