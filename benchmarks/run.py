@@ -136,9 +136,9 @@ NOISE_PPO = {
 
 # ---------------------------------------------------------------- Inverse Noise Correction
 # All seeds share base, images and evaluation noises; they differ in the training of the corrector. So the
-# rows of the base and of the controls are the same in all. Only "largest_flow_noise_0.02" has another base
-# for each seed. Of the arms "grid_..." only the row "base" counts, of "anderson" and "plain_iteration" only
-# the inversion.
+# rows of the base and of the controls are the same in all. Only "largest_flow" has another base for each
+# seed. Of the arms "grid_..." only the row "base" counts, of "anderson" and "plain_iteration" only the
+# inversion.
 
 CORRECTION = "inverse_noise_correction.py"
 LARGEST = "--images 20000 --updates 12000 --no-longer"
@@ -148,15 +148,15 @@ INC = {
     "default": Arm(CORRECTION, seeds=(0,), figures=("curve.png", "grid.png", "noise.png")),
     "default_again": Arm(f"{CORRECTION} --no-longer --eval_steps 8", seeds=(1, 2)),
     "largest": Arm(f"{CORRECTION} {LARGEST}", seeds=(0,), figures=("grid.png",)),
+    "largest_flow": Arm(
+        f"{CORRECTION} --model {{runs}}/inc/flow_{{seed}} {LARGEST}", seeds=(1, 2), flow=True
+    ),
     "largest_noise_0.001": Arm(f"{CORRECTION} {LARGEST} --data_noise 0.001", seeds=(0,)),
     "more_noise_0.02": Arm(f"{CORRECTION} --images 5000 --updates 2500 --no-longer {OLD_NOISE}", seeds=(0,)),
     "large_noise_0.02": Arm(
         f"{CORRECTION} --images 10000 --updates 5000 --no-longer {OLD_NOISE}", seeds=(0,)
     ),
     "largest_noise_0.02": Arm(f"{CORRECTION} {LARGEST} {OLD_NOISE}", seeds=(0,)),
-    "largest_flow_noise_0.02": Arm(
-        f"{CORRECTION} --model {{runs}}/inc/flow_{{seed}} {LARGEST} {OLD_NOISE}", seeds=(1, 2), flow=True
-    ),
     "data_noise_0.02": Arm(f"{CORRECTION} --data_noise 0.02 --no-longer", seeds=(0,)),
     "data_noise_0.01": Arm(f"{CORRECTION} --data_noise 0.01 --no-longer", seeds=(0,)),
     "data_noise_0.001": Arm(f"{CORRECTION} --data_noise 0.001 --no-longer", seeds=(0,)),
@@ -408,7 +408,7 @@ def make_flow(seed: int, options: Options) -> None:
     flow = options.runs / "inc" / f"flow_{seed}"
     if not (ROOT / flow / "scheduler").exists():  # what is written last
         shutil.rmtree(ROOT / flow, ignore_errors=True)
-        flags = f"--seed {seed} --dtype bfloat16 --no-features --no-images --out {flow}"
+        flags = f"--seed {seed} --no-features --no-images --out {flow}"
         execute(["-m", "fashion.train", *flags.split(), *["--updates", "50"] * options.quick])
 
 

@@ -586,7 +586,7 @@ FLOWS_ROWS = {  # (arm, steps) of a run's table: label
 
 @part("three flows")
 def three_flows() -> str:
-    records = [*runs("inc/largest_noise_0.02"), *runs("inc/largest_flow_noise_0.02")]
+    records = [*runs("inc/largest"), *runs("inc/largest_flow")]
     entries = [{(row["arm"], row["steps"]): row for row in r["results"]["table"]} for r in records]
     corrector, rows = [entry["corrector", 8]["fd"] for entry in entries], []
     for (arm, steps), label in FLOWS_ROWS.items():
@@ -663,12 +663,11 @@ def judged() -> str:
 @part("runs judged")
 def runs_judged() -> str:
     labels = {  # run: data noise, flow, inverted images and updates of the corrector
-        "default__0": ("0.005", "flow 0, 3000 images, 1800 updates"),
+        "default__0": ("0.005", "3000 images, 1800 updates"),
         "default_noise_0.02": ("0.02", "the same"),
-        "largest_noise_0.001__0": ("0.001", "flow 0, 20,000 images, 12,000 updates"),
-        "largest__0": ("0.005", "the same"),
+        "largest_noise_0.001__0": ("0.001", "20,000 images, 12,000 updates"),
         "largest_noise_0.02__0": ("0.02", "the same"),
-        "largest_flow_noise_0.02__1": ("0.02", "flow 1, 20,000 images, 12,000 updates"),
+        "largest__0": ("0.005", "the same"),
     }
     samplers = ("base 8", "base 10", "gaussian 8", "corrector 8")
     lines = []
@@ -678,6 +677,24 @@ def runs_judged() -> str:
     columns = ["base, 8 steps", "base, 10", "Gaussian, 8", "corrector, 8"]
     title = ["data noise", "by EfficientNet-Lite0"]
     return table([*title, *columns, *(f"KID: {name}" for name in columns)], lines)
+
+
+@part("flows judged")
+def flows_judged() -> str:
+    flows = [judgements(run) for run in ("largest__0", "largest_flow__1", "largest_flow__2")]
+    rows = []
+    for name in ("base 8", "base 10", "base 16", "gaussian 8", "corrector 8"):
+        cells = []
+        for judge, scale in (("imagenet", 1), ("imagenet, KID", 1000)):
+            values = scale * np.array([flow[judge][name] for flow in flows])
+            change = scale * np.array([flow[judge]["corrector 8"] for flow in flows]) - values
+            cells += [average(values), average(change) if name != "corrector 8" else ""]
+        arm, _, steps = name.rpartition(" ")
+        rows.append([SAMPLERS[arm], steps, *cells])
+    change = "corrector minus this, paired"
+    return table(
+        ["mean of three flows", "steps", "EfficientNet-Lite0", change, "its KID × 1000", change], rows
+    )
 
 
 @part("data noise")
@@ -724,25 +741,28 @@ def noise_by_pixels() -> str:
     return table(["data noise; noise on black ground, elsewhere", *columns], rows)
 
 
+def side_by_side(title: str, arms: dict[str, str]) -> str:
+    """The distances of some runs; not all have each row. arms: {arm of results/inc: its column}."""
+    tables = [runs(f"inc/{arm}")[0]["results"]["table"] for arm in arms]
+    distances = [{(row["arm"], row["steps"]): f"{row['fd']:.2f}" for row in entries} for entries in tables]
+    rows = []
+    for row in max(tables, key=len):
+        name, steps = row["arm"], row["steps"]
+        cells = [entries.get((name, steps), "") for entries in distances]
+        rows.append([name, steps, f"{row['flops'] / 1e6:.0f}", *cells])
+    return table([title, "steps", "MFLOP an image", *arms.values()], rows)
+
+
 @part("another grid")
 def another_grid() -> str:
     arms = {"power_0.7": "`--data_noise 0.01`", "power_0.7_noise_0.02": "0.02, more training"}
-    tables = [runs(f"inc/{arm}")[0]["results"]["table"] for arm in arms]
-    rows = []
-    for entries in zip(*tables, strict=True):
-        name, steps = entries[0]["arm"], entries[0]["steps"]
-        assert all((entry["arm"], entry["steps"]) == (name, steps) for entry in entries)
-        cost = f"{entries[0]['flops'] / 1e6:.0f}"
-        rows.append([name, steps, cost, *(f"{entry['fd']:.2f}" for entry in entries)])
-    return table(["`--grid_power 0.7`, seed 0", "steps", "MFLOP an image", *arms.values()], rows)
+    return side_by_side("`--grid_power 0.7`, seed 0", arms)
 
 
 @part("many steps")
 def many_steps() -> str:
-    entries = runs("inc/steps_64_noise_0.02")[0]["results"]["table"]
-    cells = [[row["arm"], row["steps"], f"{row['flops'] / 1e6:.0f}", f"{row['fd']:.2f}"] for row in entries]
-    title = "`--steps 64 --data_noise 0.02`, seed 0"
-    return table([title, "steps", "MFLOP an image", "Fréchet distance"], cells)
+    arms = {"steps_64_noise_0.02": "Fréchet distance"}
+    return side_by_side("`--steps 64 --data_noise 0.02`, seed 0", arms)
 
 
 @part("inversion")

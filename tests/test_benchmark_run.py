@@ -197,7 +197,7 @@ def test_the_flow_of_an_arm_is_trained_first(quick, options, tmp_path, monkeypat
     (module, name, *flags), job = run_again()
     assert [module, name, job] == ["-m", "fashion.train", ("inc", "own", 1)]
     args = tyro.cli(fashion_train.Args, args=flags, use_underscores=True)
-    assert (args.seed, args.out, args.dtype, args.size) == (1, flow, "bfloat16", 16)
+    assert (args.seed, args.out, args.dtype, args.size) == (1, flow, "float32", 16)
     assert args.flow and not args.features and not args.images
     assert args.updates == (50 if quick else fashion_train.Args.updates)
     (flow / "unet").mkdir()
