@@ -160,6 +160,11 @@ INC = {
     "data_noise_0.02": Arm(f"{CORRECTION} --data_noise 0.02 --no-longer", seeds=(0,)),
     "data_noise_0.01": Arm(f"{CORRECTION} --data_noise 0.01 --no-longer", seeds=(0,)),
     "data_noise_0.001": Arm(f"{CORRECTION} --data_noise 0.001 --no-longer", seeds=(0,)),
+    "steps_64": Arm(
+        f"{CORRECTION} --steps 64 --images 5000 --updates 4000 --eval_steps 64 --eval_corrector_steps 8 "
+        "--no-longer --data_noise 0.015",
+        seeds=(0,),
+    ),
     "steps_64_noise_0.02": Arm(
         f"{CORRECTION} --steps 64 --images 10000 --updates 4000 --sample_batch 2000 "
         f"--eval_steps 64 80 128 256 --eval_corrector_steps 8 16 --no-longer {OLD_NOISE}",

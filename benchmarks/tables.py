@@ -761,8 +761,8 @@ def another_grid() -> str:
 
 @part("many steps")
 def many_steps() -> str:
-    arms = {"steps_64_noise_0.02": "Fréchet distance"}
-    return side_by_side("`--steps 64 --data_noise 0.02`, seed 0", arms)
+    arms = {"steps_64": "noise 0.015, 5000 images", "steps_64_noise_0.02": "0.02, 10,000 images"}
+    return side_by_side("`--steps 64`, seed 0, 4000 updates", arms)
 
 
 @part("inversion")
