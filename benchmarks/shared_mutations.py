@@ -788,7 +788,7 @@ SHARED = {
     ): [
         ('(ROOT / flow / "scheduler").exists()', "(ROOT / flow).exists()"),
         ("shutil.rmtree(ROOT / flow, ignore_errors=True)", "pass"),
-        ("--dtype bfloat16 ", ""),
+        ("--seed {seed} --no", "--no"),
     ],
     ("fashion/train.py", "main", "tests/test_fashion.py -k test_training_script"): [
         ('add_data_noise(images, args.data_noise, "train")', "images"),
